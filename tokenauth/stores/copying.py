@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple, Protocol
 
-from sqlalchemy import Boolean, Index, String, Table
+from sqlalchemy import Boolean, String, Table
 
 from tokenauth.errors import CopyError
 from tokenauth.stores.tables import marks, metadata, tokens
@@ -25,8 +25,8 @@ Key = tuple[Value, ...]
 BATCH = 5000
 """Rows that are in memory at the same time: read from each side, and written in one transaction."""
 
-SOURCE_TABLE = "copy_source"
-"""The table of an unfinished copy that names its source."""
+STATE_TABLE = "copy_state"
+"""The table of an unfinished copy that has the name of its source, and the definitions of indexes to be built."""
 
 SET_REVISION = "UPDATE alembic_version SET version_num = "
 
@@ -106,14 +106,19 @@ TABLES = [_copied(table) for table in metadata.sorted_tables]
 """All tables."""
 
 
-INDEXES = [index for table in TABLES for index in table.table.indexes if not index.unique]
+_INDEXES = [str(index.name) for table in TABLES for index in table.table.indexes if not index.unique]
 """Indexes that are built after the rows are added, which takes a fraction of the time."""
 
-PREPARE_TARGET = (
-    f'CREATE TABLE {SOURCE_TABLE} ("name" VARCHAR NOT NULL)',
+INDEX_NAMES = ", ".join(f"'{name}'" for name in _INDEXES)
+
+CREATE_STATE = f"CREATE TABLE {STATE_TABLE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)"
+CLEAR_TARGET = (
     "DELETE FROM marks",  # an empty database has the time at which it was made
-    *(f'DROP INDEX "{index.name}"' for index in INDEXES),
+    *(f'DROP INDEX "{name}"' for name in _INDEXES),
 )
+SELECT_INDEXES = f"SELECT content FROM {STATE_TABLE} WHERE kind = 'index'"  # noqa: S608 - constants
+SELECT_SOURCE = f"SELECT content FROM {STATE_TABLE} WHERE kind = 'source'"  # noqa: S608 - constants
+DROP_STATE = f"DROP TABLE {STATE_TABLE}"
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -187,8 +192,11 @@ class Side(Protocol):
     async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         """Write rows in one transaction."""
 
-    async def create_index(self, index: Index) -> None:
-        """Build an index, unless it exists."""
+    async def missing_indexes(self) -> Sequence[str]:
+        """Return the definitions of indexes that are not built yet."""
+
+    async def build_index(self, definition: str) -> None:
+        """Build one of the missing indexes."""
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         """Delete the rows with some keys, and write others, in one transaction. What contradicts them is deleted."""
@@ -247,10 +255,11 @@ class _Copy:
         begun = [await self._target.last(table) is not None for table in TABLES if table.table is not marks]
         await self._target.check_room(await self._source.size())
         added = [await self._add(table) for table in TABLES]
-        for number, index in enumerate(INDEXES):
-            self._on_progress("building", "indexes", number, len(INDEXES))
-            await self._target.create_index(index)
-        self._on_progress("building", "indexes", len(INDEXES), len(INDEXES))
+        indexes = await self._target.missing_indexes()
+        for number, definition in enumerate(indexes):
+            self._on_progress("building", "indexes", number, len(indexes))
+            await self._target.build_index(definition)
+        self._on_progress("building", "indexes", len(indexes), len(indexes))
         if in_use is not None:
             in_use = await self._source.seal()
         if in_use is not None and not any(begun):

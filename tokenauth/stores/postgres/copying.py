@@ -6,16 +6,20 @@ from contextlib import contextmanager
 
 import asyncpg
 from asyncpg.transaction import Transaction
-from sqlalchemy import URL, Index
-from sqlalchemy.schema import CreateIndex
+from sqlalchemy import URL
 
 from tokenauth.errors import CopyError
 from tokenauth.stores import schema
 from tokenauth.stores.copying import (
     BATCH,
-    PREPARE_TARGET,
+    CLEAR_TARGET,
+    CREATE_STATE,
+    DROP_STATE,
+    INDEX_NAMES,
+    SELECT_INDEXES,
+    SELECT_SOURCE,
     SET_REVISION,
-    SOURCE_TABLE,
+    STATE_TABLE,
     TABLES,
     CopiedTable,
     Key,
@@ -59,6 +63,11 @@ _PATIENCE = 5
 
 _SIZE = "SELECT coalesce(sum(pg_total_relation_size(name)), 0)::bigint FROM unnest($1::text[]::regclass[]) AS name"
 
+_KEEP_INDEXES = (
+    f"INSERT INTO {STATE_TABLE} SELECT 'index', indexdef FROM pg_indexes"  # noqa: S608 - constants
+    f" WHERE schemaname = current_schema() AND indexname IN ({INDEX_NAMES})"
+)
+
 _NEW_NUMBERS = """
     WITH numbered AS (SELECT digest, number, row_number() OVER (ORDER BY number, digest) AS turn FROM tokens),
     fitted AS (SELECT digest, number, turn + max(number - turn) OVER (ORDER BY turn) AS fitting FROM numbered)
@@ -82,8 +91,7 @@ class PostgresSide(Side):
     def __init__(self, url: URL) -> None:
         """Open nothing yet."""
         self.name = hosts.name(url)
-        self._dialect = url.get_dialect()()
-        self._arguments = self._dialect.create_connect_args(url)[1]
+        self._arguments = url.get_dialect()().create_connect_args(url)[1]
         self._connection: asyncpg.Connection | None = None
         self._seal: Transaction | None = None
 
@@ -104,7 +112,7 @@ class PostgresSide(Side):
                 raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
             version = await self._db.fetchval("SELECT version_num FROM alembic_version")
             if version == schema.COPYING:
-                begun = await self._db.fetchval(f"SELECT name FROM {SOURCE_TABLE}")  # noqa: S608 - constant
+                begun = await self._db.fetchval(SELECT_SOURCE)
                 if begun != source:
                     raise CopyError(explain_other_copy(self.name, begun))
             else:
@@ -112,9 +120,11 @@ class PostgresSide(Side):
                     if table.table is not marks and await self._db.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608
                         raise CopyError(explain_not_empty(self.name))
                 async with self._db.transaction():
-                    for statement in PREPARE_TARGET:
+                    await self._db.execute(CREATE_STATE)
+                    await self._db.execute(f"INSERT INTO {STATE_TABLE} VALUES ('source', $1)", source)  # noqa: S608
+                    await self._db.execute(_KEEP_INDEXES)
+                    for statement in CLEAR_TARGET:
                         await self._db.execute(statement)
-                    await self._db.execute(f"INSERT INTO {SOURCE_TABLE} VALUES ($1)", source)  # noqa: S608 - constant
                     await self._db.execute(f"{SET_REVISION} $1", schema.COPYING)
             await self._db.execute("SET synchronous_commit = off")
 
@@ -190,9 +200,15 @@ class PostgresSide(Side):
             except asyncpg.UniqueViolationError:  # the source has changed since the rows before were read
                 await self._replace(table, (), rows)
 
-    async def create_index(self, index: Index) -> None:
+    async def missing_indexes(self) -> Sequence[str]:
         with self._explained():
-            await self._db.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=self._dialect)))
+            return [row[0] for row in await self._db.fetch(SELECT_INDEXES)]
+
+    async def build_index(self, definition: str) -> None:
+        with self._explained():
+            async with self._db.transaction():
+                await self._db.execute(definition)
+                await self._db.execute(f"DELETE FROM {STATE_TABLE} WHERE content = $1", definition)  # noqa: S608
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         with self._explained():
@@ -233,7 +249,7 @@ class PostgresSide(Side):
                         last = max(sequences.get(table.name, 0), 0 if highest is None else int(highest[0] or 0))
                         if last > 0:
                             await self._db.execute("SELECT setval($1::text::regclass, $2)", own, last)
-                await self._db.execute(f"DROP TABLE {SOURCE_TABLE}")
+                await self._db.execute(DROP_STATE)
                 await self._db.execute(f"{SET_REVISION} $1", schema.HEAD)
 
     async def _sequence(self, table: CopiedTable, column: str) -> str | None:

@@ -5,20 +5,22 @@ import os
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
-
-from sqlalchemy import Index
-from sqlalchemy.dialects import sqlite
-from sqlalchemy.schema import CreateIndex
 
 from tokenauth.errors import CopyError
 from tokenauth.stores import schema
 from tokenauth.stores.copying import (
     BATCH,
-    PREPARE_TARGET,
+    CLEAR_TARGET,
+    CREATE_STATE,
+    DROP_STATE,
+    INDEX_NAMES,
+    SELECT_INDEXES,
+    SELECT_SOURCE,
     SET_REVISION,
-    SOURCE_TABLE,
+    STATE_TABLE,
     TABLES,
     CopiedTable,
     Key,
@@ -45,12 +47,17 @@ _TARGET_PRAGMAS = (
 )
 
 
+_KEEP_INDEXES = (
+    f"INSERT INTO {STATE_TABLE} SELECT 'index', sql FROM sqlite_master"  # noqa: S608 - constants
+    f" WHERE type = 'index' AND name IN ({INDEX_NAMES})"
+)
+
 _NUMBERED = {table.name for table in TABLES if table.table.dialect_options["sqlite"]["autoincrement"]}
 """Tables whose numbers are never given twice. In others a row gets the number after the highest."""
 
 
 class SqliteSide(Side):
-    """The file at an absolute path. Statements run in threads, one at a time.
+    """The file at an absolute path. Statements run in a thread, one at a time.
 
     Who has the file open is found by its locks: each connection to a file in WAL mode keeps a shared one, so an
     exclusive one is only granted if there is no other connection, and then no other can be opened.
@@ -62,6 +69,7 @@ class SqliteSide(Side):
         """Open nothing yet."""
         self.name = path
         self._db: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1)
 
     async def open_source(self) -> None:
         await self._run(self._connect)
@@ -76,20 +84,23 @@ class SqliteSide(Side):
             self._execute(f"PRAGMA {pragma}")
         [(version,)] = self._execute("SELECT version_num FROM alembic_version").fetchall()
         if version == schema.COPYING:
-            [(begun,)] = self._execute(f"SELECT name FROM {SOURCE_TABLE}").fetchall()  # noqa: S608 - constant
+            [(begun,)] = self._execute(SELECT_SOURCE).fetchall()
             if begun != source:
                 raise CopyError(explain_other_copy(self.name, begun))
             return
         if any(self._execute(table.count()).fetchone()[0] for table in TABLES if table.table is not marks):
             raise CopyError(explain_not_empty(self.name))
         with self._transaction():
-            for statement in PREPARE_TARGET:
+            self._execute(CREATE_STATE)
+            self._execute(f"INSERT INTO {STATE_TABLE} VALUES ('source', ?)", (source,))  # noqa: S608 - constant
+            self._execute(_KEEP_INDEXES)
+            for statement in CLEAR_TARGET:
                 self._execute(statement)
-            self._execute(f"INSERT INTO {SOURCE_TABLE} VALUES (?)", (source,))  # noqa: S608 - constant
             self._execute(f"{SET_REVISION} ?", (schema.COPYING,))
 
     async def close(self) -> None:
         await self._run(self._close)
+        self._thread.shutdown()
 
     async def seal(self) -> str | None:
         return await self._run(self._seal)
@@ -145,8 +156,16 @@ class SqliteSide(Side):
     async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         await self.replace(table, (), rows)
 
-    async def create_index(self, index: Index) -> None:
-        await self._rows(str(CreateIndex(index, if_not_exists=True).compile(dialect=sqlite.dialect())))
+    async def missing_indexes(self) -> Sequence[str]:
+        return [str(content) for (content,) in await self._rows(SELECT_INDEXES)]
+
+    async def build_index(self, definition: str) -> None:
+        def build() -> None:
+            with self._transaction() as db:
+                db.execute(definition)
+                db.execute(f"DELETE FROM {STATE_TABLE} WHERE content = ?", (definition,))  # noqa: S608 - constant
+
+        await self._run(build)
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         await self._run(lambda: self._replace(table, stale, rows))
@@ -178,7 +197,7 @@ class SqliteSide(Side):
                     self._execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?", (last, name))
                 else:
                     self._execute("INSERT INTO sqlite_sequence (seq, name) VALUES (?, ?)", (last, name))
-            self._execute(f"DROP TABLE {SOURCE_TABLE}")
+            self._execute(DROP_STATE)
             self._execute(f"{SET_REVISION} ?", (schema.HEAD,))
         self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -187,7 +206,7 @@ class SqliteSide(Side):
 
     async def _run(self, job: Callable[[], T]) -> T:
         try:
-            return await asyncio.to_thread(job)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, job)
         except ERRORS as error:
             raise CopyError(explain_failure(self.name, reason(error))) from None
         except OSError as error:
