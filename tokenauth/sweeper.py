@@ -34,17 +34,20 @@ class Sweeper:
         self._pools = pools
         self._clock = clock
         self._forget = forget
+        self._is_behind = False
 
     async def run(self) -> None:
-        """Sweep every INTERVAL seconds until cancelled."""
+        """Sweep every INTERVAL seconds until cancelled; when a round ends before all is deleted, go on at once."""
         while True:
+            self._is_behind = False
             try:
                 await self.sweep()
             except RetryLater as refusal:
                 log.warning("sweep_postponed", reason=refusal.code)
             except Exception as error:
                 log.error("unexpected_error", at=safe_traceback(error))
-            await asyncio.sleep(INTERVAL)
+                self._is_behind = False
+            await asyncio.sleep(PAUSE if self._is_behind else INTERVAL)
 
     async def sweep(self) -> int:
         """Delete what has expired, unless another worker is doing so. Return the number of rows.
@@ -73,6 +76,7 @@ class Sweeper:
             count = await purge(before, BATCH)
             total += count
             if count < BATCH:
-                break
+                return total
             await asyncio.sleep(PAUSE)
+        self._is_behind = True
         return total

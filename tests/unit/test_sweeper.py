@@ -1,6 +1,7 @@
 """The sweeper deletes expired pool tokens in batches. Leased and unexpired ones stay."""
 
 import asyncio
+import itertools
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -67,6 +68,22 @@ async def test_expired_tokens_of_every_pool_are_deleted_in_steps(
     assert await sweeper.sweep() == 2 * BATCH + 7 + 2
     assert rows(tmp_path) == {"waiting": 1, "unlimited": 4, "permits": 3}
     assert (await pools.get(pools.find("waiting"), late)).value == late
+
+
+async def test_a_round_that_runs_out_of_time_goes_on_at_once(
+    service: Service, hand_clock: HandClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock takes 6 s, so that a round deletes two tokens at most."""
+    monkeypatch.setattr(tokenauth.sweeper, "BATCH", 1)
+    looks = itertools.count()
+    sweeper = Sweeper(service.store, service.pools, lambda: hand_clock() + 6 * next(looks), forget=3600)
+    await service.pools.generate(service.pools.find("waiting"), 4)
+    hand_clock.advance(TOKEN_TTL + INTERVAL)
+    sweeping = asyncio.create_task(sweeper.run())
+    async with asyncio.timeout(20):  # a third of INTERVAL
+        while "waiting" in rows(tmp_path):  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+    sweeping.cancel()
 
 
 async def test_a_leased_token_is_deleted_after_its_token_ttl(
