@@ -47,7 +47,8 @@ _NAMES = (*_GROUPS, *_USUAL, *chain(*_GROUPS.values()))
 def main() -> int:
     """Measure what the command line asks for. The exit status says only whether anything was measured."""
     options = _parser().parse_args()
-    machine.require(Path(tempfile.gettempdir()))
+    grown = {name for group in ("growth", "pg-growth") for name in (group, *_GROUPS[group])}
+    machine.require(Path(tempfile.gettempdir()), 10 if grown.intersection(options.only) else 2)
     try:
         with tempfile.TemporaryDirectory(prefix="tokenauth-bench-") as directory:
             rows = _run(Path(directory), options)

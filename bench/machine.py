@@ -15,18 +15,19 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 
 _PACKAGES = {"wrk": "wrk", "taskset": "util-linux"}
-_DISK_SPACE = 2_000_000_000
 
 
-def require(directory: Path) -> None:
-    """Exit with one line if something that the benchmark needs is missing."""
+def require(directory: Path, gigabytes: int) -> None:
+    """Exit with one line if something that the benchmark needs is missing, such as free disk space."""
     missing = [package for program, package in _PACKAGES.items() if shutil.which(program) is None]
     if missing:
         sys.exit(f"make bench needs {' and '.join(missing)}: apt-get install {' '.join(missing)}")
     if len(CORES) < 2:
         sys.exit("make bench needs two cores: one for the server, one for the load")
-    if shutil.disk_usage(directory).free < _DISK_SPACE:
-        sys.exit(f"make bench needs 2 GB for its databases in {directory}: name another directory with TMPDIR")
+    if shutil.disk_usage(directory).free < gigabytes * 10**9:
+        sys.exit(
+            f"make bench needs {gigabytes} GB in {directory} for its databases: name another directory with TMPDIR"
+        )
 
 
 @contextmanager

@@ -3,17 +3,20 @@
 import math
 import select
 import socket
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from bench import traffic
+from bench import traffic, world
 from bench.figures import Figure, Row, Sample, Sampler, measure
+from bench.growth import SqliteDatabases
 from bench.report import document, table
 from bench.traffic import Make
+from tokenauth.stores.tables import tokens
 
 FACTS: dict[str, str | int] = {
     "cpu": "x", "cores": 2, "python": "3", "uvicorn": "1", "sqlite": "3", "filesystem": "ext4"
@@ -101,3 +104,16 @@ def _answer_slowly(listener: socket.socket) -> None:
 
 def _require_ok(status: int, body: bytes) -> None:
     assert (status, body) == (200, b"ok")
+
+
+def test_databases_to_grow_have_live_tokens_and_the_schema(tmp_path: Path) -> None:
+    databases = SqliteDatabases(tmp_path)
+    config = databases.create(1000)
+    assert world.counts(config) == (1000, 0)
+    assert world.count_leased(config, "large") == 1000
+    with closing(sqlite3.connect(world.database(config))) as db:
+        (indexes,) = db.execute("SELECT count(*) FROM sqlite_master WHERE name LIKE 'tokens\\_by\\_%' ESCAPE '\\'")
+        assert indexes == (len(tokens.indexes),)
+    assert databases.count_expired(config) == 0
+    databases.expire(config, 10)
+    assert databases.count_expired(config) == 10
