@@ -13,6 +13,8 @@ from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.nodes import nodes
 from tests.system.postgres.test_hosts import several
 from tokenauth.errors import StoreUnavailable
+from tokenauth.settings.model import DatabaseSettings
+from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 
 
@@ -32,6 +34,19 @@ async def _answered(store: Store, number: int) -> bool:
             with suppress(StoreUnavailable):
                 return await store.tokens.get(token(number).digest) is not None
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.faults
+async def test_a_start_waits_for_a_promotion() -> None:
+    with two_servers() as (primary, standby, url):
+        store = open_store(DatabaseSettings(several(url, primary.port, standby.port)), 10)
+        primary.stop("immediate")
+        starting = asyncio.create_task(store.start())
+        assert not (await asyncio.wait({starting}, timeout=0.5))[0], "it must wait: nobody is the primary"
+        standby.execute("SELECT pg_promote()")
+        await starting
+        assert await store.ready() is None
+        await store.stop(START)
 
 
 async def test_a_woken_former_primary_is_not_asked() -> None:

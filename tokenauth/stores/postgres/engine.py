@@ -25,7 +25,7 @@ A = TypeVar("A")
 V = TypeVar("V")
 
 _START_TIMEOUT = 5.0
-"""Seconds that `serve` waits for a server that refuses connections or is starting up: it may be restarting."""
+"""Seconds that `serve` waits for a server that refuses connections, is starting up or is about to be promoted."""
 
 _START_PAUSE = 0.25
 """Seconds between two attempts to connect at a start."""
@@ -115,7 +115,7 @@ class PostgresEngine:
 
 
 def _is_restarting(error: BaseException | None) -> bool:
-    restarting = (asyncpg.CannotConnectNowError, ConnectionRefusedError)
+    restarting = (asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched, ConnectionRefusedError)
     return error is not None and (isinstance(error, restarting) or _is_restarting(error.__cause__))
 
 
