@@ -137,7 +137,9 @@ def _answers(data: bytes, methods: Sequence[bytes]) -> Sequence[Answer]:
             continue
         length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
         method = methods[len(found)] if len(found) < len(methods) else b""
-        size = int(length[1]) if length and method != b"HEAD" and status != 204 else 0
+        size = int(length[1]) if length and status != 204 else 0
+        if method == b"HEAD":  # a refusal may have a body, since the connection ends with it
+            size = min(size, len(data)) if status in REFUSALS else 0
         assert len(data) >= size, "an incomplete body"
         found.append(Answer(status, data[:size]))
         data = data[size:]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from tests.support.connections import Connection
+from tests.support.connections import Closed, Connection, NoAnswer
 from tests.support.main_process import workers_of
 from tests.support.pool_users import PoolUser
 from tests.support.servers import Server
@@ -147,8 +147,20 @@ class Soak:
                 self._pace(chance)
 
     def _client(self, number: int) -> None:
-        """Log in, probe, lease and log out at random. Each answer must be the right one."""
+        """Run sessions. The first ends only if the machine was suspended, which can make a commit take too long."""
         chance = random.Random(number)
+        while not self._over.is_set():
+            try:
+                self._session(number, chance)
+            except (AssertionError, NoAnswer, Closed):
+                failed = time.monotonic()
+                self._over.wait(1)  # a pause that has just ended is noticed
+                if self._last_pause < failed - 2:
+                    raise
+                self.counts["failed in a pause"] += 1
+
+    def _session(self, number: int, chance: random.Random) -> None:
+        """Log in, probe, lease and log out at random. Each answer must be the right one."""
         kinds, weights = list(MIX), list(MIX.values())
         live: dict[str, float] = {}  # when each was issued
         dead: list[str] = []
