@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
-from bench import chart, machine, mixed, report, workers, world
+from bench import chart, far, machine, mixed, report, workers, world
 from bench.figures import Row, log_progress, measure
 from bench.growth import SIZES, GrowthRows, PostgresDatabases, SqliteDatabases
 from bench.leasing import LeaseRows
@@ -34,6 +34,7 @@ _GROWN = tuple(
     f"grown-{name}" for name in ("probe", "issue", "revoke", "lease", "start", "sweep", "backlog", "memory", "disk")
 )
 _GROUPS = {
+    "pg-far": far.NAMES,
     "growth": _GROWN,
     "pg-growth": tuple(f"pg-{name}" for name in _GROWN),
     "workers": (*(f"cpu-{kind}-{count}" for kind in workers.KINDS for count in workers.WORKERS), "worker-start"),
@@ -73,6 +74,7 @@ def _run(directory: Path, options: argparse.Namespace) -> Sequence[Row]:
             *WaitRows("", "", lambda: _waiting_config(directory), 50, options.seconds).figures(),
             *postgres.figures(),
             *WaitRows("pg-", "PostgreSQL: ", postgres.waiting_config, 100, options.seconds).figures(),
+            *stack.enter_context(far.FarRows(directory, postgres.cluster)).figures(),
             *MixedRows("", "", lambda: mixed.sqlite_config(directory), options.seconds).figures(),
             *GrowthRows(SqliteDatabases(directory), options.seconds).figures(),
             *GrowthRows(PostgresDatabases(directory, postgres.cluster), options.seconds).figures(),

@@ -147,13 +147,12 @@ HELD = select(_held.c.username, func.count()).group_by(_held.c.username)
 _LEASED_TO = _rows((*_taken, _live, _of_user))
 _LEASED_TO_AND_RETIRED = _rows((*_retired, _live, _of_user))
 _values = select(elements(bindparam("values"), "wanted").c.value)
-BY_VALUE = select(*ROW).where(_pool, pool_tokens.c.value.in_(_values))
-_BY_VALUE_LOCKED = (
-    select(*ROW)
-    .where(_pool, pool_tokens.c.value == any_(func.array(_values.scalar_subquery())))
-    .order_by(_number)
-    .with_for_update()
+_BY_VALUE = select(*ROW).where(_pool, pool_tokens.c.value.in_(_values))
+_wanted = elements(bindparam("values"), "wanted")
+_found = (  # each by its own look-up: PostgreSQL would rather read a pool that was small when it made its plan
+    select(*ROW).where(_pool, pool_tokens.c.value == _wanted.c.value).offset(0).with_for_update().lateral("found")
 )
+_BY_VALUE_LOCKED = select(_found).join_from(_wanted, _found, true())
 _BY_NUMBER = select(*ROW).where(_pool, _number == bindparam("number"))
 _INSERT = insert(pool_tokens).inline()
 _UPDATE_LEASE = text("""
@@ -401,7 +400,8 @@ class PoolRows:
 
     def find(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
         """Return the existing tokens with these values, with their numbers, and lock them."""
-        found = self._found(BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED, values=json.dumps(list(values)))
+        query = _BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED
+        found = self._found(query, values=json.dumps(sorted(set(values))))  # rows are locked in this order
         return {token.value: (number, token) for number, token in found if self.pool.is_live(token, self.now)}
 
     def insert(self, values: Iterable[str]) -> None:

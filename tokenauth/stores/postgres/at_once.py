@@ -14,7 +14,6 @@ waits for a lock, so it fails after PATIENCE. Then the changes are made in an or
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, takewhile
-from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import asyncpg
@@ -33,6 +32,7 @@ from sqlalchemy import (
     case,
     column,
     delete,
+    false,
     func,
     insert,
     literal,
@@ -207,6 +207,7 @@ _POOL_LOCKED = (
 )
 _lock_pool = select(_POOL_LOCKED.c.number).scalar_subquery() >= 0
 _of_pool = pool_tokens.c.pool == bindparam("name")
+_in_pool = case((_of_pool, true()), else_=false())  # checked, but no reason to read the whole pool by an index
 
 
 def _assigned() -> Select[Any]:
@@ -225,7 +226,7 @@ def _assigned() -> Select[Any]:
 
     leased = (
         update(pool_tokens)
-        .where(pool_tokens.c.number == any_(func.array(select(free.c.number).scalar_subquery())), _of_pool)
+        .where(pool_tokens.c.number == any_(func.array(select(free.c.number).scalar_subquery())), _in_pool)
         .values(
             free_at=_time + asked("durations", Float),
             holder=asked("holders", String),
@@ -277,14 +278,15 @@ def _assign(db: PostgresTransaction, changes: Sequence[Assign]) -> Sequence[obje
     return answers
 
 
-_values = any_(bindparam("values", type_=ARRAY(String)))
-
-
 def _is_plain(change: Assign) -> bool:
     return change.shares(change.pool) and not change.counted
 
 
-_FIND = select(_time, *pool_rows.ROW).where(_of_pool, pool_tokens.c.value == _values)
+_wanted = func.unnest(bindparam("values", type_=ARRAY(String))).table_valued("value", name="wanted").render_derived()
+_found = (  # each by its own look-up, as in `pool_rows`
+    select(*pool_rows.ROW).where(_of_pool, pool_tokens.c.value == _wanted.c.value).offset(0).lateral("found")
+)
+_FIND = select(_time, _found).join_from(_wanted, _found, true())
 _BEFORE = ("value", "free_at", "holder", "fence", "retired", "leased_at")
 _AFTER = ("free_at", "holder", "fence", "username", "leased_at", "lease_ttl")
 
@@ -301,7 +303,7 @@ def _saved() -> Select[Any]:
     )
     saved = (
         update(pool_tokens)
-        .where(pool_tokens.c.number == each.c.number, _of_pool)
+        .where(pool_tokens.c.number == each.c.number, _in_pool)
         .where(*(pool_tokens.c[name].is_not_distinct_from(each.c[f"old_{name}"]) for name in _BEFORE))
         .where(~each.c.runs | (pool_tokens.c.free_at > _time))
         .values({name: each.c[name] for name in _AFTER})
@@ -341,7 +343,7 @@ def _update_leases(db: PostgresTransaction, changes: Sequence[LeaseUpdate]) -> S
             changed.append((number, token, after, position))
     if not changed:
         return answers
-    changed.sort(key=itemgetter(0))  # rows are locked in this order
+    changed.sort(key=lambda each: each[1].value)  # as in `pool_rows`, rows are locked in this order
     work: dict[str, object] = {
         "number": [number for number, *_ in changed],
         "runs": [token.is_leased(now) for _, token, *_ in changed],
