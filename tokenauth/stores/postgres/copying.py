@@ -58,8 +58,9 @@ _USERS = """
     SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'this machine'), ', ') FROM pg_stat_activity
     WHERE datname = current_database() AND application_name = 'tokenauth' AND backend_type = 'client backend'
 """
+_LOCK_PATIENCE = 50  # a copy that was killed keeps its lock until PostgreSQL has done what it was asked for last
 _PATIENCE = 5
-"""How often a lock or a closing connection is looked at again, in steps of 0.2 s: a process was just killed."""
+"""How often a lock or a closing connection is looked at again, in steps of 0.2 s."""
 
 _SIZE = "SELECT coalesce(sum(pg_total_relation_size(name)), 0)::bigint FROM unnest($1::text[]::regclass[]) AS name"
 
@@ -267,7 +268,7 @@ class PostgresSide(Side):
             }
         )
         key = advisory_key("tokenauth copy")
-        for _ in range(_PATIENCE):
+        for _ in range(_LOCK_PATIENCE):
             if await self._db.fetchval(_LOCK, key):
                 return
             await asyncio.sleep(0.2)
