@@ -188,7 +188,7 @@ async def test_after_a_failed_write_others_are_refused_at_once(filled: Place, ha
 async def test_places_outlive_an_outage_and_dead_ones_do_not(filled: Place) -> None:
     """Those who waited when it began could not ask again: they can for 10 seconds after its end."""
     began = filled.engine.clock()
-    for id, at, keep in (("live", began, 5.0), ("patient", began, 60.0), ("dead", began - 20, 15.0)):
+    for id, at, keep in (("live", began, 5.0), ("patient", began, 60.0), ("dead", began - 60, 15.0)):
         await filled.pools.ask(FULL, "ann", id, "x", at, keep=keep)
 
     async def kept(seconds: float) -> list[str]:
@@ -485,6 +485,22 @@ async def test_a_deleted_database_file_stops_the_store(places: Places, suffix: s
             await refused(place, operation)
     replaced = [entry["file"] for entry in logs if entry["event"] == "store_file_replaced"]
     assert replaced == [os.path.basename(file) + suffix]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_path_that_leads_nowhere_stops_the_store(places: Places) -> None:
+    """As one does that this user may not look at: what is written cannot be found there."""
+    place = await places.open()
+    await place.tokens.issue(token(1), 0, START)
+    file = make_url(place.url).database or ""
+    with structlog.testing.capture_logs() as logs:
+        os.unlink(file)
+        os.symlink(file, file)
+        for _ in range(2):
+            assert "restart tokenauth" in (await place.store.ready() or "")
+        for operation in (*READS.values(), *WRITES.values()):
+            await refused(place, operation)
+    assert [entry["file"] for entry in logs if entry["event"] == "store_file_replaced"] == [os.path.basename(file)]
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)

@@ -187,6 +187,25 @@ async def test_a_copy_is_not_finished_while_a_server_runs(
     assert await population.read(target) == await population.read(source)
 
 
+@pytest.mark.faults
+async def test_a_role_without_rights_sees_a_server(new_url: NewUrl, postgres: Cluster) -> None:
+    """PostgreSQL tells it little about the connections of others."""
+    source = await filled(new_url("postgres"), size=3)
+    name = source.rpartition("/")[2]
+    postgres.execute("CREATE ROLE mover LOGIN")
+    try:
+        for kind in ("TABLES", "SEQUENCES"):
+            postgres.execute(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO mover", name)
+        store = open_store(DatabaseSettings(url=source), 1)
+        await store.start()
+        report = await copy(source.replace("tokenauth@", "mover@"), new_url("sqlite"))
+        assert report.in_use is not None
+        await store.stop(0)
+    finally:
+        postgres.execute("DROP OWNED BY mover", name)
+        postgres.execute("DROP ROLE mover")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_target_that_a_server_uses_is_refused(new_url: NewUrl, kind: str) -> None:
     source, target = await filled(new_url("sqlite"), size=3), new_url(kind)

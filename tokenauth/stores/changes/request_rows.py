@@ -70,12 +70,20 @@ _OLD = (
 def keep_places(seconds: float, now: Instant) -> str:
     """Return the statement with which those keep their places who waited when an outage began, `seconds` ago.
 
-    Their clients could not ask again, and can within KEPT seconds from now on. It may be run several times.
+    Their clients could not ask again, and can within KEPT seconds from now on. It may be run several times. Of very
+    many, those in front keep theirs: an outage must not last because they are many. On a node that was not cut off,
+    places that lapsed meanwhile come back for that time, too.
     """
-    return f"""
-        UPDATE pool_requests SET kept_until = {now + KEPT!r}
-        WHERE granted_at IS NULL AND kept_until > {now - seconds!r} AND kept_until < {now + KEPT!r}
-    """  # noqa: S608 - numbers
+    began = now - seconds - _NOTICED
+    waited = f"granted_at IS NULL AND kept_until > {began!r} AND kept_until < {now + KEPT!r}"
+    first = f"SELECT number FROM pool_requests WHERE {waited} ORDER BY turn, number LIMIT {_MAX_KEPT}"  # noqa: S608 - numbers
+    return f"UPDATE pool_requests SET kept_until = {now + KEPT!r} WHERE {waited} AND number IN ({first})"  # noqa: S608
+
+
+_MAX_KEPT = 10_000
+
+_NOTICED = 5.0
+"""Seconds in which an outage is noticed at the latest: the longest that an operation takes."""
 
 
 def beyond(cursor: PlaceCursor) -> Mapping[str, object]:

@@ -56,7 +56,7 @@ _COLLATION = ' COLLATE "C"'
 _LOCK = "SELECT pg_try_advisory_lock($1)"
 _USERS = """
     SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'this machine'), ', ') FROM pg_stat_activity
-    WHERE datname = current_database() AND application_name = 'tokenauth' AND backend_type = 'client backend'
+    WHERE datname = current_database() AND application_name = 'tokenauth'
 """
 _LOCK_PATIENCE = 50  # a copy that was killed keeps its lock until PostgreSQL has done what it was asked for last
 _PATIENCE = 5

@@ -1,8 +1,10 @@
 """The files of a SQLite database, and which of them other users could read or change."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tokenauth.models import PUT_DATABASE_BACK
@@ -104,8 +106,9 @@ def explain_loss(path: str) -> tuple[str, str]:
 
     An empty file counts as none: a start fills either.
     """
-    if file_size(path) == 0:
-        return "the database file is missing", PUT_DATABASE_BACK
+    with suppress(OSError):
+        if file_size(path) == 0:
+            return "the database file is missing", PUT_DATABASE_BACK
     return (
         "the database file, its -wal or its -shm was moved, deleted or replaced",
         "put back the files that tokenauth has used, then restart tokenauth: a restart uses those that are there now",
@@ -133,16 +136,25 @@ def file_size(path: str) -> int:
         return 0
 
 
-ABSENT = (FileNotFoundError, NotADirectoryError)
-"""Errors that say that there is no file. Others, such as EIO of a failing disk, say nothing about that."""
+_ELSEWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+
+
+def leads_elsewhere(error: OSError) -> bool:
+    """Return whether an error says that a path leads to no file of this process any more.
+
+    Others, such as EIO of a failing disk, say nothing about that.
+    """
+    return error.errno in _ELSEWHERE
 
 
 def identity(path: str) -> str | None:
-    """Return the device and the inode of a file, or None if there is none. Raises OSError if that is not known."""
+    """Return the device and the inode of a file, or None if the path leads to none. Raises OSError if it is unknown."""
     try:
         status = os.stat(path)
-    except ABSENT:
-        return None
+    except OSError as error:
+        if leads_elsewhere(error):
+            return None
+        raise
     return f"{status.st_dev}:{status.st_ino}"
 
 

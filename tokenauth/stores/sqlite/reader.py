@@ -236,5 +236,7 @@ class Reader:
 def _has_content(path: str) -> bool:
     try:
         return os.stat(path).st_size > 0
-    except files.ABSENT:
-        return False
+    except OSError as error:
+        if files.leads_elsewhere(error):
+            return False
+        raise
