@@ -33,7 +33,7 @@ serve: .venv/.serves
 
 # Tests start many processes: bytecode is kept, whatever the environment says.
 test: install
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -m "not faults" --processes 6
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -m "not faults" -n 4 --dist loadfile --no-loadscope-reorder
 
 test-interpreters: install
 	.ci/interpreters
@@ -58,7 +58,7 @@ faults: install
 # The pictures of the console in docs/console.md.
 pictures: install
 	mkdir -p docs/images
-	PICTURES=docs/images $(BIN)/pytest -m faults tests/system/browser/test_console_pictures.py
+	PICTURES=docs/images $(BIN)/pytest -p no:xdist -m faults tests/system/browser/test_console_pictures.py
 
 wheel: .venv/.serves
 	$(BIN)/python -m hatchling build -t wheel

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from _pytest.runner import runtestprotocol
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
-from tests.support.forks import Forks
 from tests.support.history import HandTime, History
 from tests.support.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.support.servers import HandClock, Server, worker, write_config
@@ -51,21 +52,38 @@ _LONGEST_FIRST = ("system", "promises", "contract", "wire", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the groups of the longest files, so that all processes end at about the same time."""
+    """Begin with the groups of the longest files, so that the processes of xdist end at about the same time."""
     groups = {group: place for place, group in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: groups.get(item.nodeid.split("/", 2)[1], len(groups)))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--processes", type=int, help="run the tests in this number of processes")
+_TOGETHER = ("tests/system/browser", "tests/system/proxies")
+"""Folders that one process runs: what their tests share takes long to start."""
+
+
+class _ByFile(LoadFileScheduling):  # type: ignore[misc]
+    """Gives all tests of one file, or of one folder of _TOGETHER, to the same process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
+
+
+@pytest.hookimpl(optionalhook=True)  # also without xdist: `-p no:xdist`
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
+    """Schedule tests by file."""
+    return _ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """Run the tests in several processes, unless there are no tests to run."""
-    if not session.config.option.processes or session.config.option.collectonly or session.testsfailed:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Under xdist, report only what the summary needs: each report takes its main process as long as a short test."""
+    if not hasattr(item.config, "workerinput") or item.config.option.durations is not None:
         return None
-    Forks(session, session.config.option.processes).run()
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
 

@@ -1,5 +1,6 @@
 """Free ports for servers that cannot choose their own."""
 
+import os
 import secrets
 import socket
 from contextlib import suppress
@@ -9,16 +10,9 @@ _FIRST = 20_000
 _EACH = 500
 _SLICES = 24  # ends below 32,768, where the ephemeral ports of Linux begin; other systems begin higher
 
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+_first = _FIRST + _EACH * (int(_worker.removeprefix("gw")) % _SLICES if _worker else secrets.randbelow(_SLICES))
 _numbers = count(secrets.randbelow(_EACH))
-_first = _FIRST + _EACH * secrets.randbelow(_SLICES)
-
-
-def use_range(number: int) -> None:
-    """Let this process use another range than the processes that have other numbers."""
-    global _first  # noqa: PLW0603 - it belongs to the process
-    _first += _EACH * number
-    if _first >= _FIRST + _EACH * _SLICES:
-        _first -= _EACH * _SLICES
 
 
 def free_port() -> int:

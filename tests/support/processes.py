@@ -1,6 +1,6 @@
 """Processes that are forked from one that has already imported the service, so they start in milliseconds."""
 
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from typing import Protocol
 
 from tokenauth import logs
 
-_ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -30,17 +29,6 @@ _FORKS.set_forkserver_preload(
         "tests.support.frozen",
     ]
 )
-
-
-def start_fork_server() -> None:
-    """Start the process from which others are forked, for this process and those that it will fork itself.
-
-    They must not look for it as for a child process, so it is not started again if it ends.
-    """
-    server = multiprocessing.forkserver._forkserver
-    with chdir(_ROOT):  # it imports the service there
-        server.ensure_running()
-    server.ensure_running = lambda: None  # type: ignore[method-assign]  # that of this process
 
 
 class Process(Protocol):
@@ -68,7 +56,7 @@ class Forked:
         """Start it in a directory. The streams are the files of stdin, stdout and stderr."""
         self._command = command
         self._process = _FORKS.Process(target=_enter, args=(module, command, directory, streams, dict(env)))
-        with chdir(_ROOT):  # the fork server imports the service there
+        with chdir(Path(__file__).parents[2]):  # the fork server imports the service there
             self._process.start()
 
     @property

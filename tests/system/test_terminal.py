@@ -34,7 +34,7 @@ class OnTerminal:
         self._master, slave = pty.openpty()
         self._descriptors = [self._master, slave]
         # A shell that opens a terminal as the leader of a new session gets it as its controlling terminal.
-        inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # a shell may have set it
+        inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # pytest-xdist sets it
         script = f'exec 0<>"{os.ttyname(slave)}" 1>&0; {command}'
         with self.log.open("wb") as sink:
             self.process = subprocess.Popen(
