@@ -80,7 +80,7 @@ class Primaries:
         return connection.timeline < self._newest.get(connection.system, 0)
 
     async def connect(self, **arguments: Any) -> Primary:
-        """Connect to the primary. All hosts are tried at once, so none delays the others by more than PATIENCE.
+        """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
 
         Raises what the driver raises.
         """
@@ -89,6 +89,7 @@ class Primaries:
         if isinstance(arguments.get("host"), list):
             each = zip(arguments["host"], arguments["port"], strict=True)
             places = [{"host": host, "port": port} for host, port in each]
+        limit = PATIENCE if self._newest else FIRST_PATIENCE
         attempts = {asyncio.create_task(_connect({**arguments, **place})) for place in places}
         found: list[Primary] = []
         chosen: Primary | None = None
@@ -96,7 +97,7 @@ class Primaries:
         try:
             waiting: set[asyncio.Task[Primary]] = attempts
             while waiting:
-                patience = None if self._latest(found) is None else PATIENCE
+                patience = None if self._latest(found) is None else limit
                 done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
@@ -120,6 +121,9 @@ class Primaries:
 
 PATIENCE = 0.1
 """Seconds that other hosts have to answer, too, when the first has: two may believe that they are the primary."""
+
+FIRST_PATIENCE = 1.0
+"""The same for the first connection of a process, which knows of no promotion yet."""
 
 _TIMELINE = """
     SELECT system_identifier, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int

@@ -269,4 +269,4 @@ def _users(path: str) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"
+    return f"{size / (1 << 20):,.1f} MiB"
