@@ -22,6 +22,7 @@ from bench.traffic import Check, Make, Outcome
 from bench.world import USERS, Running, value
 from tests.support.postgres import Cluster
 from tokenauth.settings import loader
+from tokenauth.sweeper import INTERVAL
 
 SIZES = {"1,000": 1000, "100,000": 100_000, "10,000,000": 10_000_000}
 """Numbers of tokens, as they are shown. Pools have as many leased tokens, up to MAX_LEASES."""
@@ -426,11 +427,12 @@ class GrowthRows:
 
         def cost(tokens: int) -> float:
             config = self._config(tokens)
-            with world.tokenauth(config) as server:  # which sweeps at its start: what one sweep costs without them
-                idle = self._swept(server, config, 0)
             self._databases.expire(config, EXPIRED)
+            _outlast_duty()
             with world.tokenauth(config) as server:
-                return (self._swept(server, config, EXPIRED) - idle) / EXPIRED * 1e6
+                used = self._swept(server, config, EXPIRED)
+            with world.tokenauth(config) as server:
+                return (used - self._swept(server, config, 0)) / EXPIRED * 1e6
 
         def sample() -> Sample:
             small, medium, large = map(cost, SIZES.values())
@@ -465,6 +467,7 @@ class GrowthRows:
                     traffic.at_random(saturated.rate / 2, 2 * self._seconds, WEIGHTS, random),
                 )
             self._databases.expire(config, BACKLOG)
+            _outlast_duty()
             with world.tokenauth(config) as server:
                 mix = Mix(server, random, LARGE)
                 before, began = self._databases.count_expired(config), time.monotonic()
@@ -507,6 +510,11 @@ class GrowthRows:
             return Sample(tokens / (LARGE - SMALL), note=note)
 
         yield sample
+
+
+def _outlast_duty() -> None:
+    """Wait until the server that ended last no longer has the duty to sweep: the next one sweeps at its start."""
+    time.sleep(INTERVAL / 2)
 
 
 def _probes(side: _Side) -> _Cost:
