@@ -14,6 +14,7 @@ from tests.support.connections import LOGIN, Answer, Connection
 from tests.support.journal import until
 from tests.support.servers import Server, worker, write_config
 from tests.support.skipping import skip_without
+from tokenauth.stores.sqlite.engine import CHECKPOINT_INTERVAL
 
 ERRORS = ["EIO", "ENOSPC", "EROFS"]
 LOGGED = {"store_not_writable", "store_unreachable", "revocation_held_in_memory", "checkpoint_failed"}
@@ -94,9 +95,14 @@ class Victim:
         with attached(self._server, self._database, "-e", f"trace={fault.call}", f"--inject={fault}"):
             self._use()
         until(self._log_in, f"a login succeeds again after {fault}")
+        until(self._ready, f"the worker is ready again after {fault}", CHECKPOINT_INTERVAL + 60)
         with Connection(self._server.port) as connection:
-            assert connection.ask("GET", "/readyz").status == 200
             self.check(connection)
+
+    def _ready(self) -> bool:
+        """Return whether it is ready. A check of the write-ahead log that failed is repeated after its interval."""
+        with Connection(self._server.port) as connection:
+            return connection.ask("GET", "/readyz").status == 200
 
     def _use(self) -> None:
         with Connection(self._server.port) as connection:
