@@ -7,12 +7,19 @@ from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
+import asyncpg
 import pytest
+from sqlalchemy import text
 
 from tests.support.postgres import Cluster
 from tests.support.servers import START
+from tests.support.suspended import suspended
 from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
+from tokenauth.errors import StoreUnavailable
 from tokenauth.models import CountUpdate, LeaseCheck, Pool, Token, Use
+from tokenauth.stores import circuit
+from tokenauth.stores.changes.pools import pool_lock
+from tokenauth.stores.postgres.transaction import SERVER_CLOCK, advisory_key
 from tokenauth.stores.store import Store
 
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
@@ -222,3 +229,70 @@ async def test_uses_wait_for_no_row_that_others_have_locked(three: Nodes, url: s
         assert [found[one.digest].expires_at - int(START) for one in slides] == [100, 150]
     found = await three[1].tokens.note_uses(uses, START)
     assert [found[one.digest].expires_at - int(START) for one in slides] == [150, 150]
+
+
+async def test_nothing_is_made_after_the_503(three: Nodes, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends are frozen before they read the statements, and go on when the clients have been answered."""
+    monkeypatch.setattr(circuit, "TIMEOUT", 0.3)
+    pool, other_pool = Pool("p", 60), Pool("q", 60)
+    first, second, revoked, other = token(0), token(len(USERS)), token(1), token(2)
+    await three[0].tokens.issue(revoked, 0, START)
+    for each in (pool, other_pool):
+        await three[0].pools.generate(each, ["t"], START)
+    async with nodes(url, 3, connections=1) as (issuing, assigning, revoking):
+        await issuing.tokens.issue(other, 1, START)  # now its statement is prepared
+        await assigning.pools.assign(other_pool, "h", START)
+        await revoking.tokens.revoke(other.digest, START)
+        backends = [await backend(node) for node in (issuing, assigning, revoking)]
+        with suspended(backends):
+            answers = await asyncio.gather(
+                issuing.tokens.issue(first, 1, START),
+                assigning.pools.assign(pool, "h", START),
+                revoking.tokens.revoke(revoked.digest, START),
+                return_exceptions=True,
+            )
+            assert [type(answer) for answer in answers] == [StoreUnavailable] * 3
+            await three[0].tokens.issue(second, 1, START)
+        async with asyncio.timeout(30), connected(url) as db:
+            while await db.fetch("SELECT FROM pg_stat_activity WHERE pid = ANY($1)", backends):
+                pass
+    alive = {digest for (digest,) in await fetch(url, "SELECT digest FROM tokens")}
+    assert alive == {second.digest, revoked.digest}
+    assert await fetch(url, "SELECT pool FROM pool_tokens WHERE holder IS NOT NULL") == [("q",)]
+
+
+async def backend(node: Store) -> int:
+    """Return the process that serves the only connection of a node."""
+    pid: int = await node.engine.connections.read_once(  # type: ignore[attr-defined]
+        lambda db: db.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    )
+    return pid
+
+
+async def test_a_token_replaced_while_it_expires_is_not_revived(url: str) -> None:
+    """It is live when it is to be kept alive, and another takes its place before the pool is locked for that."""
+    pool = Pool("p", 60, token_ttl=60, capacity=1, prefill=True)
+    async with nodes(url, 2, clock=None) as (here, there), connected(url) as other:
+        now = here.engine.clock()
+        await here.pools.keep_alive(pool, "?", now, LeaseCheck("h", None), include_free=True)
+        await there.pools.fit(pool, ["old"], now)
+        async with other.transaction():
+            await other.execute("SELECT pg_advisory_xact_lock($1)", advisory_key(pool_lock(pool)))
+            await fetch(url, f"UPDATE pool_tokens SET free_at = {SERVER_CLOCK} - 59.7")  # noqa: S608 - a constant
+            filled = asyncio.create_task(there.pools.fit(pool, ["new"], now))
+            await until_waiting(other, 1, filled)
+            kept = asyncio.create_task(
+                here.pools.keep_alive(pool, "old", now, LeaseCheck("h", None), include_free=True)
+            )
+            await until_waiting(other, 2, kept)
+            while not await other.fetchval(f"SELECT bool_and(free_at < {SERVER_CLOCK} - 60) FROM pool_tokens"):  # noqa: S608
+                pass
+        await filled
+        assert await kept is None
+        assert await there.pools.count(pool, here.engine.clock()) == (1, 0)
+
+
+async def until_waiting(db: asyncpg.Connection, number: int, task: asyncio.Task[object]) -> None:
+    """Wait until some statements wait for locks, or the task has not had to wait."""
+    while len(await db.fetch(_WAITING)) < number and not task.done():
+        pass

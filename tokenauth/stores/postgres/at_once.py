@@ -7,8 +7,12 @@ A statement runs in steps, one for each set of its parameters, all in one transa
 before have changed, and what others had committed when it began. So a step that waits for a lock comes first, and then
 one that reads what the lock protects.
 
-A client that has got 503 must not be served later. Nobody can take back a statement that commits by itself while it
-waits for a lock, so it fails after PATIENCE. Then the changes are made in an ordinary transaction.
+A client that has got 503 must not be served later. Nobody can take back a statement that commits by itself, neither
+while it waits for a lock nor before PostgreSQL has read it. So it fails after PATIENCE, which counts from when
+PostgreSQL begins it, and when PostgreSQL's clock passes a deadline, WITHIN seconds after it was sent. Then the changes
+are made in an ordinary transaction, whose COMMIT is only sent after all else was answered. A statement whose answer is
+lost may still be made until its deadline, so nobody gets 503 before that. The check comes last: only the commit itself
+can be delayed further.
 """
 
 import json
@@ -46,7 +50,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 from sqlalchemy.sql.elements import Grouping
 from sqlalchemy.sql.visitors import replacement_traverse
 
-from tokenauth.models import Assignment, LeaseChange, PoolToken
+from tokenauth.models import Assignment, Instant, LeaseChange, Pool, PoolToken
 from tokenauth.stores.batching import UNMADE, ChangeKind
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes.clock import CLOCK
@@ -63,14 +67,13 @@ from tokenauth.stores.postgres.transaction import (
 from tokenauth.stores.tables import pool_tokens, revocations, token_columns, token_row, tokens
 
 TooLate = asyncpg.DivisionByZeroError
-"""What a statement raises that has waited for too long."""
+"""What a statement raises that has waited for too long, or that PostgreSQL has read too late."""
 
 _now = bindparam("now", type_=Float())
 _age = literal_column("extract(epoch FROM clock_timestamp() - transaction_timestamp())", Float())
 _patience = bindparam("patience", type_=Float())
-_in_time: ColumnElement[Any] = literal_column("1") / case(
-    (_age < _patience, literal_column("1")), else_=literal_column("0")
-)
+_server_clock: ColumnElement[float] = literal_column(SERVER_CLOCK, Float())
+_deadline = bindparam("deadline", type_=Float())
 
 # What a statement changes is changed whether anything reads it or not.
 _CLOCK_WRITTEN = (
@@ -82,6 +85,13 @@ _CLOCK_WRITTEN = (
     """)
     .columns(column("at", Float()))
     .cte("clock_written")
+)
+_clock_waited = select(func.count()).select_from(_CLOCK_WRITTEN).scalar_subquery() < 0
+# CASE goes in order: the times are read after the wait for the clock row, which is the last that is locked.
+_in_time: ColumnElement[Any] = literal_column("1") / case(
+    (_clock_waited, literal_column("0")),
+    ((_age < _patience) & (_server_clock < _deadline), literal_column("1")),
+    else_=literal_column("0"),
 )
 _LOCKED = (
     text("SELECT count(pg_advisory_xact_lock(key)) AS number FROM unnest(CAST(:locks AS bigint[])) AS key")
@@ -292,10 +302,13 @@ _AFTER = ("free_at", "holder", "fence", "username", "leased_at", "lease_ttl")
 
 
 def _saved() -> Select[Any]:
-    """Write the leases of tokens that are as they were when they were read, and not over if they ran."""
-    columns = ["number", *(f"old_{name}" for name in _BEFORE), "runs", *_AFTER]
+    """Write the leases of tokens that are as they were when they were read, and still run or are still live.
+
+    A token that has expired since then may have been replaced before the pool was locked.
+    """
+    columns = ["number", *(f"old_{name}" for name in _BEFORE), "over", *_AFTER]
     types: dict[str, Any] = {prefix + each.name: each.type for each in pool_tokens.c for prefix in ("", "old_")}
-    types["runs"] = Boolean()
+    types["over"] = Float()
     each = (
         func.unnest(*(bindparam(name, type_=ARRAY(types[name])) for name in columns))
         .table_valued(*(column(name, types[name]) for name in columns), name="each")
@@ -305,7 +318,7 @@ def _saved() -> Select[Any]:
         update(pool_tokens)
         .where(pool_tokens.c.number == each.c.number, _in_pool)
         .where(*(pool_tokens.c[name].is_not_distinct_from(each.c[f"old_{name}"]) for name in _BEFORE))
-        .where(~each.c.runs | (pool_tokens.c.free_at > _time))
+        .where(pool_tokens.c.free_at > _time + each.c.over)
         .values({name: each.c[name] for name in _AFTER})
         .returning(pool_tokens.c.number)
         .cte("saved")
@@ -346,7 +359,7 @@ def _update_leases(db: PostgresTransaction, changes: Sequence[LeaseUpdate]) -> S
     changed.sort(key=lambda each: each[1].value)  # as in `pool_rows`, rows are locked in this order
     work: dict[str, object] = {
         "number": [number for number, *_ in changed],
-        "runs": [token.is_leased(now) for _, token, *_ in changed],
+        "over": [_over(pool, token, now) for _, token, *_ in changed],
         **{f"old_{name}": [getattr(token, name) for _, token, *_ in changed] for name in _BEFORE},
         **{name: [getattr(after, name) for *_, after, _ in changed] for name in _AFTER},
     }
@@ -356,6 +369,13 @@ def _update_leases(db: PostgresTransaction, changes: Sequence[LeaseUpdate]) -> S
         if number in (saved or ()):
             answers[position] = LeaseChange(token, after)
     return answers
+
+
+def _over(pool: Pool, token: PoolToken, now: Instant) -> float:
+    """Return the cutoff at the instant 0 of what a token is now: leased, lapsed or free."""
+    if token.is_leased(now):
+        return 0.0
+    return pool.cutoff(0.0) if token.holder is None else pool.lapsed_cutoff(0.0)
 
 
 AT_ONCE: Mapping[ChangeKind, Callable[[PostgresTransaction, Sequence[Any]], Sequence[Any]]] = {

@@ -1,6 +1,7 @@
 """The connections to PostgreSQL, and how errors of each kind are handled."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -11,7 +12,7 @@ from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
-from tokenauth.clock import Clock
+from tokenauth.clock import Clock, boottime
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.logs import log
 from tokenauth.models import Instant
@@ -24,7 +25,7 @@ from tokenauth.stores.circuit import Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate
-from tokenauth.stores.postgres.transaction import PostgresTransaction, advisory_key
+from tokenauth.stores.postgres.transaction import WITHIN, PostgresTransaction, advisory_key
 from tokenauth.stores.tables import metadata
 
 A = TypeVar("A")
@@ -85,8 +86,18 @@ _CLOCK_INTERVAL = 1.0
 class Connections:
     """The connections for queries and changes, and how to open one to listen on."""
 
-    def __init__(self, url: URL, connections: int, clock: Clock, caller_time: bool) -> None:
-        """Take `postgresql+asyncpg://...`. `caller_time`: the time is the callers', not the database's."""
+    def __init__(
+        self,
+        url: URL,
+        connections: int,
+        clock: Clock,
+        caller_time: bool,
+        database_clock: Callable[[], Instant | None] = lambda: None,
+    ) -> None:
+        """Take `postgresql+asyncpg://...`. `caller_time`: the time is the callers', not the database's.
+
+        `database_clock`: an estimate of it, if there is one now. Without it, no change is made at once.
+        """
         self.name = hosts.name(url)
         self.notifies = True
         self._primaries = hosts.Primaries()
@@ -120,6 +131,7 @@ class Connections:
             connect_args=for_upgrade,
         )
         self._caller_time = caller_time
+        self._database_clock = database_clock
         self._writers: dict[ChangeKind, Writer] = {}  # each kind of change has transactions of its own
         self._never_at_once: set[ChangeKind] = set()
         self._latest: Instant = 0
@@ -316,30 +328,47 @@ class Connections:
         self._latest = max(self._latest, batch.now)
         due = batch.now > self._clock_written + _CLOCK_INTERVAL or SaveTime in batch.groups
         clock = self._latest if due else None
-        self._make_at_once(db, batch, clock)
+        written = self._make_at_once(db, batch, clock)
         if batch.groups:
             try:
                 self._attempt(db, batch, clock)
             except LockConflict:
                 self._attempt(db, batch, clock, exclusive=True)
-        if due:
+            written = True
+        if due and written:
             self._clock_written = batch.now
 
-    def _make_at_once(self, db: Connection, batch: Batch, clock: Instant | None) -> None:
-        """Make and answer the changes that one statement can make; the others stay in the batch."""
-        transaction = PostgresTransaction(driver(db), self._caller_time, self.notifies, clock=clock)
+    def _make_at_once(self, db: Connection, batch: Batch, clock: Instant | None) -> bool:
+        """Make and answer the changes that one statement can make; the others stay in the batch.
+
+        Returns whether it has written the clock row, if it was to.
+        """
+        if self._database_clock() is None:
+            return False
+        plain = driver(db)
+        transaction = PostgresTransaction(
+            plain, self._caller_time, self.notifies, clock=clock, deadline=self._at_once_deadline
+        )
         try:
             for kind in (AT_ONCE.keys() - self._never_at_once) & batch.groups.keys():
                 batch.settle(kind, AT_ONCE[kind](transaction, batch.groups[kind].changes))
-        except TooLate:
-            return
+        except (TooLate, asyncpg.InvalidCachedStatementError):  # a table was altered: it is prepared again
+            pass
         except asyncpg.FeatureNotSupportedError:  # it only speaks the protocol of PostgreSQL
             self._never_at_once.update(batch.groups)
         except _BAD_CHANGE:
             raise
-        except BaseException:  # it is unknown how far it got
+        except BaseException as error:  # it is unknown how far it got
             db.invalidate()
+            if transaction.sent_at is not None and not _is_refusal(error):
+                left = transaction.sent_at + WITHIN - boottime()
+                plain.run_async(lambda _: asyncio.sleep(left))  # then it fails, if PostgreSQL has not made it yet
             raise
+        return transaction.stepped
+
+    def _at_once_deadline(self) -> Instant:
+        now = self._database_clock()
+        return -math.inf if now is None else now + WITHIN
 
     def _attempt(self, db: Connection, batch: Batch, clock: Instant | None, exclusive: bool = False) -> None:
         plain = driver(db)
@@ -380,6 +409,12 @@ def _abort(connection: AdaptedConnection, *_: object) -> None:
 
 _BAD_CHANGE = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 """Errors caused by one bad change, not by a broken database."""
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether PostgreSQL has answered with this error: nothing was made."""
+    return isinstance(error, asyncpg.PostgresError) and not isinstance(error, asyncpg.PostgresConnectionError)
+
 
 _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
 

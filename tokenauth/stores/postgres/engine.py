@@ -51,7 +51,7 @@ class PostgresEngine:
         self._create = create
         database_clock = DatabaseClock()
         self.clock: Clock = clock or database_clock
-        self.connections = Connections(url, connections, self.clock, clock is not None)
+        self.connections = Connections(url, connections, self.clock, clock is not None, database_clock.fresh)
         self.feed = Listener(self.connections, database_clock)
         self._tokens = _lookup(self.connections, _TOKENS, as_token)
         self._failures = _lookup(self.connections, _FAILURES, lambda row: Failures(row[1], row[2]))

@@ -1,6 +1,7 @@
 """Listens to PostgreSQL: for revocations, and for its time."""
 
 import asyncio
+import math
 from collections.abc import Collection
 from contextlib import suppress
 
@@ -43,6 +44,7 @@ class DatabaseClock:
 
     def __init__(self) -> None:
         self._offset = 0.0
+        self._asked_at = -math.inf
 
     def __call__(self) -> Instant:
         return boottime() + self._offset
@@ -51,6 +53,14 @@ class DatabaseClock:
         """Use the time that the database has just answered to a query sent at `asked_at` of the `boottime` clock."""
         least, most = answered - boottime(), answered - asked_at
         self._offset = min(max(self._offset, least), most)
+        self._asked_at = asked_at
+
+    def fresh(self) -> Instant | None:
+        """Return the estimate, or None if the database was not asked within the last BOUND seconds.
+
+        Its clock may have been set since then, or another server may have replaced it.
+        """
+        return self() if boottime() < self._asked_at + BOUND else None
 
 
 class Listener:

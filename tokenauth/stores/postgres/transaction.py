@@ -1,5 +1,6 @@
 """A transaction of asyncpg, inside SQLAlchemy's `run_sync`."""
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import AdaptedConnection, ClauseElement
 from sqlalchemy.dialects import postgresql
 
+from tokenauth.clock import Clock, boottime
 from tokenauth.models import Instant
 from tokenauth.stores.engine import Rows, Values
 from tokenauth.stores.sql import StatementCache
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = 0.5
-"""Seconds after which a statement of `at_once` fails that has waited for locks. No operation is aborted earlier."""
+"""Seconds after which a statement of `at_once` fails that has waited for locks."""
+
+WITHIN = 1.0
+"""Seconds after which a statement of `at_once` fails, from when it is sent.
+
+A node knows the database's clock with an error of a round trip at most, by which they are fewer. They include PATIENCE.
+"""
 
 CHANNEL = "tokenauth_revocations"
 """The channel on which PostgreSQL notifies of revocations."""
@@ -59,12 +67,19 @@ class PostgresTransaction:
         exclusive: bool = False,
         clock: Instant | None = None,
         patience: float = PATIENCE,
+        deadline: Clock = lambda: math.inf,
     ) -> None:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
-        `clock`: what `steps` writes to the clock row, if anything. `patience`: seconds that they may take.
+        `clock`: what `steps` writes to the clock row, if anything. `patience`: seconds that they may take. `deadline`:
+        asked when they are sent, the time of the database's clock at which they fail.
         """
+        self.sent_at: float | None = None
+        """When `steps` last sent a statement, by `boottime`."""
+        self.stepped = False
+        """Whether `steps` has made a change: then it has also written the clock row."""
+        self._deadline = deadline
         self._connection = connection
         self.exclusive = exclusive
         self._clock = clock
@@ -93,10 +108,16 @@ class PostgresTransaction:
 
     def steps(self, statement: ClauseElement, steps: Sequence[Values]) -> Rows:
         """Run a statement of `at_once` in steps, in one round trip. Outside a transaction, it also commits."""
-        own = {"clock": None, "notifies": self._notifies, "caller_time": self._caller_time, "patience": self._patience}
+        own: Values = {
+            **{"clock": None, "notifies": self._notifies, "caller_time": self._caller_time},
+            **{"patience": self._patience, "deadline": self._deadline()},
+        }
         each = [{**own, **values} for values in steps]
         each[-1]["clock"] = self._clock  # as in other transactions, its row is the last that is locked
-        return self.rows_each(statement, each)
+        self.sent_at = boottime()
+        rows = self.rows_each(statement, each)
+        self.stepped = True
+        return rows
 
     def timed(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query of `at_once` that reads the time."""
