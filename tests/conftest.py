@@ -22,10 +22,12 @@ _MEMORY = Path("/dev/shm")  # noqa: S108 - pytest and tempfile make private dire
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the files of the fast tests in memory, where there is room: they would wait for a disk half of the time.
 
-    SIGINT works also where a shell runs the tests in the background and ignores it: commands under test inherit that.
+    SIGINT and SIGHUP work also where a shell runs the tests in the background, or `nohup` does, and ignores them:
+    commands under test inherit that.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
     if config.option.markexpr == "not faults" and "TMPDIR" not in os.environ and _has_room(_MEMORY):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
 
