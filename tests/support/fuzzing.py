@@ -7,7 +7,7 @@ says the parser of `framing.py`; h11 is a second opinion on that.
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import h11
 from hypothesis import strategies as st
@@ -103,9 +103,12 @@ def streams(draw: st.DrawFn) -> list[bytes]:
     return [data[a:b] for a, b in zip([0, *ends], [*ends, len(data)], strict=True) if a < b]
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     status: int
     body: bytes
+    closes: bool = field(default=False, compare=False)
+    """Whether it says that the connection is closed after it."""
 
 
 def exchange(port: int, segments: Sequence[bytes], requests: Sequence[Reading]) -> list[Answer]:
@@ -141,7 +144,7 @@ def _answers(data: bytes, methods: Sequence[bytes]) -> Sequence[Answer]:
         if method == b"HEAD":  # a refusal may have a body, since the connection ends with it
             size = min(size, len(data)) if status in REFUSALS else 0
         assert len(data) >= size, "an incomplete body"
-        found.append(Answer(status, data[:size]))
+        found.append(Answer(status, data[:size], b"\r\nconnection: close" in head.lower()))
         data = data[size:]
     return found
 
@@ -152,8 +155,12 @@ def fault(stream: Stream, answers: Sequence[Answer], expected: Mapping[bytes, An
     refused = bool(answers) and answers[-1].status in REFUSALS
     if len(answers) > len(stream.requests) + refused:  # an incomplete one may be answered, too
         return "more answers than requests"
-    if stream.valid and len(complete) == len(stream.requests) and len(answers) < len(complete) and not refused:
-        return "a request is not answered"
+    whole = stream.valid and len(complete) == len(stream.requests)
+    if whole and len(answers) < len(complete) and not refused:
+        # An answer that comes before the end of its request's body ends the connection, and says so.
+        early = answers and answers[-1].closes and complete[len(answers) - 1].body
+        if not early:
+            return "a request is not answered"
     for number, (request, answer) in enumerate(zip(stream.requests, answers, strict=False)):
         if answer.status >= 500:
             return f"request {number}: {answer.status}"

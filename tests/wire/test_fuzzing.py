@@ -76,3 +76,10 @@ def test_a_wrong_answer_is_noticed(answers: list[Answer], said: str) -> None:
     found = fuzzing.fault(stream, answers, expected)
     assert found is not None
     assert said in found
+
+
+def test_an_early_answer_must_say_that_it_closes() -> None:
+    """A negative control: a request may be answered before its body has arrived, and then ends the connection."""
+    stream = read(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nxGET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert fuzzing.fault(stream, [Answer(405, b"", closes=True)], {}) is None
+    assert fuzzing.fault(stream, [Answer(405, b"")], {}) == "a request is not answered"

@@ -87,7 +87,10 @@ def test_the_log_names_the_socket_and_no_port(served: tuple[Server, Path]) -> No
 
 
 def raw(port: int | Path, segments: list[bytes]) -> bytes:
-    """Send segments, end this side, and return what is answered, without the times."""
+    """Send segments, end this side, and return what is answered, without the times.
+
+    And without `Connection: close`, which depends on whether the server has seen that this side has ended.
+    """
     with closing(connect(port)) as connection:
         try:
             connection.sendall(b"".join(segments))
@@ -100,7 +103,9 @@ def raw(port: int | Path, segments: list[bytes]) -> bytes:
                 data += part
         except ConnectionResetError:
             pass
-        return b"\r\n".join(line for line in data.split(b"\r\n") if not line.lower().startswith(b"date:"))
+        return b"\r\n".join(
+            line for line in data.split(b"\r\n") if not line.lower().startswith((b"date:", b"connection:"))
+        )
 
 
 def test_malformed_requests_are_answered_as_over_tcp(served: tuple[Server, Path]) -> None:
