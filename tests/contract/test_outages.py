@@ -206,6 +206,20 @@ async def test_places_outlive_an_outage_and_dead_ones_do_not(filled: Place) -> N
     assert await kept(30) == ["patient"]
 
 
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_an_outage_keeps_places_of_those_in_front(filled: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, its end does not take longer."""
+    monkeypatch.setattr("tokenauth.stores.changes.request_rows._MAX_KEPT", 1)
+    began = filled.engine.clock()
+    for id in ("first", "second"):
+        await filled.pools.ask(FULL, "ann", id, "x", began, keep=5.0)
+    async with locked(filled):
+        await refused(filled, WRITES["save_time"])
+    await ready_again(filled)
+    kept = [id for id in ("first", "second") if await filled.pools.find_place(FULL, ("ann", id), began + 7)]
+    assert kept == ["first"]
+
+
 async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> None:
     """Hundreds at the same time wait no longer than one."""
     async with locked(filled):

@@ -169,7 +169,7 @@ class Side(Protocol):
         """Return the bytes that the database takes on the disk."""
 
     async def check_room(self, size: int) -> None:
-        """Raise CopyError if so many bytes more do not fit, where that can be known."""
+        """Raise CopyError if the disk of the files, where it is known, has no room for that number of bytes."""
 
     async def count(self, table: CopiedTable) -> int:
         """Return the number of rows."""

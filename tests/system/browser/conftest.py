@@ -12,7 +12,7 @@ from tests.support.skipping import skip_without
 from tests.system.browser.gate import DOMAIN, Gate
 from tests.system.browser.sites import Site, put, running, shown
 
-# With the first, closing a tab while a page is loading may take for ever (microsoft/playwright#42068). The others are
+# With the first, closing a tab while a page is loading may never end (microsoft/playwright#42068). The others are
 # Playwright's choice, which this list replaces: Chromium asks its vendor, tries HTTPS and delays painting with them.
 _DISABLED = (
     "RenderDocument",

@@ -236,7 +236,7 @@ class Machines(tuple[Machine, ...]):
         return self.with_role("sync_standby")[0]
 
     def settled(self, count: int = 3) -> bool:
-        """Whether so many machines run, one of them as the primary, and one as the synchronous standby."""
+        """Return whether this number of machines run: one is the primary, and one the synchronous standby."""
         leaders, synchronous = self.with_role("leader"), self.with_role("sync_standby")
         running = self.with_role("leader", "sync_standby", "replica")
         return (len(leaders), len(synchronous)) == (1, 1) and len(running) >= count

@@ -55,7 +55,8 @@ _COLLATION = ' COLLATE "C"'
 
 _LOCK = "SELECT pg_try_advisory_lock($1)"
 _USERS = """
-    SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'this machine'), ', ') FROM pg_stat_activity
+    SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'a local or hidden address'), ', ')
+    FROM pg_stat_activity
     WHERE datname = current_database() AND application_name = 'tokenauth'
 """
 _LOCK_PATIENCE = 50  # a copy that was killed keeps its lock until PostgreSQL has done what it was asked for last
