@@ -11,11 +11,22 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {"models", "line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics", "file_descriptors"}
+    {
+        "models",
+        "waiting_line",
+        "clock",
+        "errors",
+        "values",
+        "nesting",
+        "addresses",
+        "logs",
+        "metrics",
+        "file_descriptors",
+    }
     | {"file_locks", "user_agents", "request_context", "status"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "pools", "waiting", "credentials", "throttle", "revocation_queue", "uses", "risks"},
-    {"events", "watcher"},
+    {"event_streams", "watcher"},
     {"service", "sweeper", "gauges"},
     {"web"},
     {"web.routes", "web.dialects"},
@@ -127,4 +138,12 @@ def test_clients_know_nothing_of_the_server(module: str) -> None:
     own = {name for name in imports(MODULES[module]) if name.startswith("tokenauth.")} & {
         f"tokenauth.{other}" for other in MODULES
     }
-    assert {name.split(".")[1] for name in own} <= {"models", "line", "clock", "errors", "values", "nesting", "client"}
+    assert {name.split(".")[1] for name in own} <= {
+        "models",
+        "waiting_line",
+        "clock",
+        "errors",
+        "values",
+        "nesting",
+        "client",
+    }

@@ -29,7 +29,6 @@ from tokenauth.errors import (
     UnknownRequest,
     UnknownToken,
 )
-from tokenauth.line import KEPT, LAST
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log
 from tokenauth.models import (
@@ -61,6 +60,7 @@ from tokenauth.settings import durations
 from tokenauth.settings.durations import Duration
 from tokenauth.stores.store import Store
 from tokenauth.waiting import Waiter, Waiting, note_left
+from tokenauth.waiting_line import KEPT, LAST
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from tokenauth.audit.log import AuditLog
 from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
-from tokenauth.events import Events
+from tokenauth.event_streams import Events
 from tokenauth.login_queue import LoginQueue
 from tokenauth.logs import log
 from tokenauth.metrics import Metrics

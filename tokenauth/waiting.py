@@ -15,11 +15,11 @@ from typing import TypeVar
 
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, PlaceLost, RetryLater
-from tokenauth.line import KEPT, LAST
 from tokenauth.login_queue import DisconnectCheck
 from tokenauth.logs import log
 from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, RequestKey
 from tokenauth.stores.store import PoolStore
+from tokenauth.waiting_line import KEPT, LAST
 
 T = TypeVar("T")
 

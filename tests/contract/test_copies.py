@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.contract.conftest import SCRIPTS, STORES, Place, Places, Templates
 from tests.support.servers import START
-from tokenauth.line import KEPT
 from tokenauth.models import Grant, LeaseRequest, Pool
 from tokenauth.stores.store import PoolStore
+from tokenauth.waiting_line import KEPT
 
 POOL = Pool("p", lease_ttl=60, capacity=1)
 KEY = ("ann", "a")

@@ -1,7 +1,7 @@
 """A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`.
 
-A variable EVENTS has times of `tokenauth.events` to use instead of its own, as JSON; AUTOCHECKPOINT the pages of the
-write-ahead log after which it is copied into the database.
+A variable EVENTS has times of `tokenauth.event_streams` to use instead of its own, as JSON; AUTOCHECKPOINT the pages of
+the write-ahead log after which it is copied into the database.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from tests.support.servers import HandClock
-from tokenauth import events, logs
+from tokenauth import event_streams, logs
 from tokenauth.logs import log
 from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.protocol import BoundedProtocol
@@ -37,7 +37,7 @@ class Worker(AcceptingServer):
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
-    vars(events).update(json.loads(os.environ.get("EVENTS", "{}")))
+    vars(event_streams).update(json.loads(os.environ.get("EVENTS", "{}")))
     if "AUTOCHECKPOINT" in os.environ:
         writer._PRAGMAS = (*writer._PRAGMAS, f"wal_autocheckpoint = {os.environ['AUTOCHECKPOINT']}")  # type: ignore[assignment]
     logs.configure(direct=True)  # tests read the log right after an answer

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.servers import HandClock, write_config
-from tokenauth.events import LOOK, Client, Events
+from tokenauth.event_streams import LOOK, Client, Events
 from tokenauth.request_context import current_request
 from tokenauth.service import create_service
 from tokenauth.settings import loader

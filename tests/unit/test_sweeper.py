@@ -13,12 +13,12 @@ import structlog
 import tokenauth.sweeper
 from tests.support.servers import HandClock, write_config
 from tests.support.services import running
-from tokenauth.line import KEPT
 from tokenauth.models import LATE_USE, Identity, LeaseTerms
 from tokenauth.pools import Waits
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.sweeper import BATCH, INTERVAL, Sweeper
+from tokenauth.waiting_line import KEPT
 
 TOKEN_TTL = 300
 POOLS = f"""

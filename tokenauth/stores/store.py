@@ -16,7 +16,6 @@ from sqlalchemy import BigInteger, Float, LargeBinary, Select, bindparam, func, 
 
 from tokenauth.clock import Clock
 from tokenauth.errors import Refusal
-from tokenauth.line import Row, find_use, new_request, share_out, skip_hopeless
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -81,6 +80,7 @@ from tokenauth.stores.tables import (
     token_columns,
     tokens,
 )
+from tokenauth.waiting_line import Row, find_use, new_request, share_out, skip_hopeless
 
 _STEP = 10_000
 """Tokens that one transaction revokes at most."""
@@ -425,12 +425,12 @@ class PoolStore:
     ) -> Grant | LeaseRequest | Refusal:
         """Lease `count` tokens, all or none, to a request if it is its turn; otherwise it waits, or is refused.
 
-        Requests are served in the order of `tokenauth.line`. One that waits keeps its place for `keep` seconds, and as
-        long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A request that
-        was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them is over.
-        RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES. Without an
-        `id` it cannot wait, nor be asked for again. With `known`, nothing is leased: PlaceLost is returned if nothing
-        was granted to the request before.
+        Requests are served in the order of `tokenauth.waiting_line`. One that waits keeps its place for `keep` seconds,
+        and as long again when it is asked for again; without `keep` it gets none, and NoFreeToken is returned. A
+        request that was granted and is asked for again has the same leases. Then LeaseLost is returned if one of them
+        is over. RequestDiffers is returned if the terms are others, and TooManyPlaces if the user has MAX_PLACES.
+        Without an `id` it cannot wait, nor be asked for again. With `known`, nothing is leased: PlaceLost is returned
+        if nothing was granted to the request before.
         """
         wanted = count, priority, ttl, labels
         return await self._engine.apply(Ask(pool, username, id, holder, *wanted, keep, known, now=now))
@@ -505,8 +505,7 @@ class PoolStore:
         place = START_OF_LINE
         more = True
         while more:
-            first = {"name": pool.name, "now": now, **request_rows.beyond(place), "limit": _PAGE}
-            page = [as_lease_request(row) for row in await self._engine.read(request_rows.LINE, first)]
+            page = await self.list_requests(pool, now, _PAGE, place)
             line += page
             more = len(page) == _PAGE
             place = page[-1].cursor if more else place

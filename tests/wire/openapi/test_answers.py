@@ -55,10 +55,10 @@ from tokenauth.errors import (
     UnknownRequest,
     UnknownToken,
 )
-from tokenauth.line import MAX_PLACES
 from tokenauth.models import LeaseRequest, Pool
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
+from tokenauth.waiting_line import MAX_PLACES
 from tokenauth.web.exceptions import (
     BodyTooLarge,
     ForeignHost,

@@ -12,7 +12,7 @@ import pytest
 from tests.support.journal import until
 from tests.support.servers import NOTHING, HandClock, Server, exchange, log_in, worker, write_config
 from tests.support.streaming import EventStream
-from tokenauth import events
+from tokenauth import event_streams
 
 SECRET = "write"
 
@@ -149,7 +149,7 @@ def test_admins_are_told_of_the_throttle_and_the_status(
 
 
 def test_a_quiet_stream_has_comments(config_file: Path, clock: HandClock, ann: str) -> None:
-    assert events.QUIET <= 15
+    assert event_streams.QUIET <= 15
     with worker(config_file, clock, {"EVENTS": '{"QUIET": 0.5}'}) as server, open_stream(server, ann) as stream:
         stream.next()
         until(lambda: stream.next(20).name == "", "a comment came", 40)

@@ -30,12 +30,12 @@ from sqlalchemy import (
     update,
 )
 
-from tokenauth.line import Row, find_use, share_out, skip_hopeless
 from tokenauth.models import Instant, LeaseRequest, Pool, PoolCounts, PoolToken, RequestKey
 from tokenauth.stores.changes.request_rows import SOMEONE_WAITS, RequestRows
 from tokenauth.stores.engine import LockConflict, Transaction
 from tokenauth.stores.sql import SelectedRows, elements
 from tokenauth.stores.tables import as_pool_token, as_reservation, pool_token_columns, pool_tokens
+from tokenauth.waiting_line import Row, find_use, share_out, skip_hopeless
 
 _number, _at = pool_tokens.c.number, pool_tokens.c.free_at
 ROW = (_number, *pool_token_columns)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
-from tokenauth.line import LAST, REMEMBERED, new_request
 from tokenauth.models import (
     Assignment,
     Instant,
@@ -24,6 +23,7 @@ from tokenauth.models import (
 )
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Change, Transaction
+from tokenauth.waiting_line import LAST, REMEMBERED, new_request
 
 _SPARE = 1000
 """Expired tokens that a pool with a capacity deletes for new ones, in addition to one for each new one."""

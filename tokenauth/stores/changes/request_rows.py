@@ -16,11 +16,11 @@ from sqlalchemy import (
     tuple_,
 )
 
-from tokenauth.line import KEPT
 from tokenauth.models import START_OF_LINE, Instant, LeaseRequest, PlaceCursor, RequestKey
 from tokenauth.stores.engine import Transaction
 from tokenauth.stores.sql import elements
 from tokenauth.stores.tables import as_lease_request, pool_request_columns, pool_requests
+from tokenauth.waiting_line import KEPT
 
 _PAGE = 100
 """Requests that one query reads of the line. Most often the first few take all free tokens."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
-from tokenauth.line import KEPT, LAST, MAX_PLACES, REMEMBERED, Row, new_request
 from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, PoolToken, RequestKey
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.changes.pools import PoolChange, Release, running
 from tokenauth.stores.changes.request_rows import RequestRows
+from tokenauth.waiting_line import KEPT, LAST, MAX_PLACES, REMEMBERED, Row, new_request
 
 _NAMELESS = "\0"
 """Begins the ids of requests without one. No client can send it."""

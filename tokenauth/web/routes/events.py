@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tokenauth.events import Client, Events, Stream
+from tokenauth.event_streams import Client, Events, Stream
 from tokenauth.web.asgi_extensions import CLIENT, EVENTS, client_disconnected
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import NO_STORE

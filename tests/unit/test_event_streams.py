@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.servers import HandClock, write_config
 from tokenauth.errors import InvalidCredentials, TooManyAttempts
-from tokenauth.events import Client, Stream, pause
+from tokenauth.event_streams import Client, Stream, pause
 from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.status import NodeStatus

@@ -9,10 +9,10 @@ import pytest
 from tests.contract.conftest import Place
 from tests.support.servers import START
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyPlaces
-from tokenauth.line import MAX_PLACES, REMEMBERED
 from tokenauth.models import START_OF_LINE, Grant, LeaseCheck, LeaseRequest, PlaceCursor, Pool, PoolToken
 from tokenauth.models import Place as InLine
 from tokenauth.stores.store import PoolStore
+from tokenauth.waiting_line import MAX_PLACES, REMEMBERED
 
 POOL = Pool("p", lease_ttl=60, capacity=10)
 KEEP = 40.0
