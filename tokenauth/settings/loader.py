@@ -67,12 +67,12 @@ def read(path: Path) -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the file's path in front of a ConfigError."""
+def naming(place: Path | str) -> Iterator[None]:
+    """Put the path of a file or of a key in front of a ConfigError."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def parse(text: str, environ: Mapping[str, str] = os.environ, files: FilesRead | None = None) -> Settings:
@@ -378,20 +378,22 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str], files: FilesRe
         if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
             raise ConfigError(f"{path}: has a '${{' that begins neither ${{NAME}} nor ${{NAME:-default}}")
 
-        def value(match: re.Match[str], path: str = path) -> str:
-            name, default = match.groups()
-            with _naming_key(path):
-                found = _variable(name, environ, files)
-            value = found or (found if default is None else default)
-            if value is None:
-                raise ConfigError(f"{path}: the environment has no {name}; set it, or write ${{{name}:-default}}")
-            return value
-
         names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
         if names:
             found[path] = " and ".join(names)
-            holder[key] = _VARIABLE.sub(value, text)
+            with naming(path):
+                holder[key] = _VARIABLE.sub(lambda match: _value_of(match[1], match[2], environ, files), text)
     return found
+
+
+def _value_of(name: str, default: str | None, environ: Mapping[str, str], files: FilesRead) -> str:
+    """Return the value of a variable, or its default if it is empty or not set. Raises ConfigError."""
+    value = _variable(name, environ, files)
+    if not value and default is not None:
+        return default
+    if value is None:
+        raise ConfigError(f"the environment has no {name}; set it, or write ${{{name}:-default}}")
+    return value
 
 
 def _variable(name: str, environ: Mapping[str, str], files: FilesRead) -> str | None:
@@ -425,15 +427,6 @@ def _read_secret(variable: str, file: str) -> str:
     if len(data) > _MAX_SECRET or not text.isprintable():
         raise ConfigError(f"{what} must have one line of printable text, at most {_MAX_SECRET} bytes")
     return text
-
-
-@contextmanager
-def _naming_key(path: str) -> Iterator[None]:
-    """Put the path of a key in front of a ConfigError."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _strings(node: Any, path: str, depth: int) -> Iterator[tuple[str, Any, str | int]]:

@@ -15,7 +15,7 @@ from msgspec import Meta
 from tokenauth.models import ADMIN, FileLine, Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
-from tokenauth.settings.origin import DOMAIN, Origin, check_origin, parse_origin
+from tokenauth.settings.origin import DOMAIN, NO_USER, Origin, check_origin, parse_origin
 
 MAX_NAME = 256
 """Characters in a user name."""
@@ -113,8 +113,8 @@ def _check_cors_origin(key: str, text: str) -> None:
     origin = parse_origin(text)
     if origin is not None and not origin.below:
         return
-    if "@" in text:  # what is before it may be a password
-        raise SettingError(key, "must have no user and no password: remove everything between '//' and '@'")
+    if "@" in text:
+        raise SettingError(key, NO_USER)
     hint = ""
     if "*" in text:
         hint = "; wildcards are not supported, list each origin"
@@ -242,8 +242,8 @@ class OAuthSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         authority = self.issuer.partition("//")[2].partition("/")[0]
-        if "@" in authority:  # what is before it may be a password, so it is not repeated
-            raise SettingError("issuer", "must have no user and no password: remove everything between '//' and '@'")
+        if "@" in authority:
+            raise SettingError("issuer", NO_USER)
         if self.issuer and not _ISSUER.fullmatch(self.issuer):
             raise SettingError(
                 "issuer",

@@ -8,6 +8,9 @@ from tokenauth.settings.fields import SettingError
 DOMAIN = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]*[a-z_-][a-z0-9_-]*")
 """A domain, and no IP address and no top-level domain, in lower case."""
 
+NO_USER = "must have no user and no password: remove everything between '//' and '@'"
+"""The problem of a URL with an '@'. It does not show the URL: what is before the '@' may be a password."""
+
 _ORIGIN = re.compile(r"(https?)://(\*\.)?((?:[a-z0-9_-]+\.)*[a-z0-9_-]+|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -49,8 +52,8 @@ def check_origin(key: str, text: str) -> Origin:
     origin = parse_origin(text.lower())
     if origin is None:
         hint = ""
-        if "@" in text:  # what is before it may be a password
-            raise SettingError(key, "must have no user and no password: remove everything between '//' and '@'")
+        if "@" in text:
+            raise SettingError(key, NO_USER)
         if not text.isascii():
             hint = "; write the host as 'xn--...'"
         elif parse_origin("/".join(text.lower().split("/")[:3])):
