@@ -8,14 +8,17 @@ equal after it. Until then the target has the revision COPYING, with which no se
 
 import asyncio
 import marshal
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sqlalchemy import Boolean, String, Table
 
 from tokenauth.errors import CopyError
+from tokenauth.stores import schema
 from tokenauth.stores.tables import marks, metadata, tokens
 
 Value = str | bytes | int | float | None
@@ -25,10 +28,8 @@ Key = tuple[Value, ...]
 BATCH = 5000
 """Rows that are in memory at the same time: read from each side, and written in one transaction."""
 
-STATE_TABLE = "copy_state"
+_STATE = "copy_state"
 """The table of an unfinished copy that has the name of its source, and the definitions of indexes to be built."""
-
-SET_REVISION = "UPDATE alembic_version SET version_num = "
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,18 @@ class CopiedTable:
     def _terms(self, names: Sequence[str], collation: str) -> Sequence[str]:
         return [f'"{name}"{collation * isinstance(self.table.c[name].type, String)}' for name in names]
 
-    def select(self, by: Sequence[str], after: bool, limited: bool, placeholder: str, collation: str = "") -> str:
+    def select(self, by: Sequence[str], after: bool, limited: bool, collation: str = "") -> str:
         """Return a query for rows in the order of some columns, from a key or from the start on.
 
-        placeholder: `?` or `$`, which gets numbers. collation: what orders text by code points.
+        collation: what orders text by code points.
         """
         terms = ", ".join(self._terms(by, collation))
-        count = 0
-
-        def parameter() -> str:
-            nonlocal count
-            count += 1
-            return placeholder if placeholder == "?" else f"{placeholder}{count}"
-
+        parameters = [f"${number}" for number in range(1, len(by) + 1)] if after else []
         conditions = [] if self.condition is None else [self.condition]
         if after:
-            conditions.append(f"({terms}) > ({', '.join(parameter() for _ in by)})")
+            conditions.append(f"({terms}) > ({', '.join(parameters)})")
         where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        limit = f" LIMIT {parameter()}" if limited else ""
+        limit = f" LIMIT ${len(parameters) + 1}" if limited else ""
         return f'SELECT {quoted(self.columns)} FROM "{self.name}"{where} ORDER BY {terms}{limit}'  # noqa: S608 - names
 
     def select_last(self, collation: str = "") -> str:
@@ -109,16 +104,12 @@ TABLES = [_copied(table) for table in metadata.sorted_tables]
 _INDEXES = [str(index.name) for table in TABLES for index in table.table.indexes if not index.unique]
 """Indexes that are built after the rows are added, which takes a fraction of the time."""
 
-INDEX_NAMES = ", ".join(f"'{name}'" for name in _INDEXES)
-
-CREATE_STATE = f"CREATE TABLE {STATE_TABLE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)"
-CLEAR_TARGET = (
+_CLEAR_TARGET = (
+    f"CREATE TABLE {_STATE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)",
     "DELETE FROM marks",  # an empty database has the time at which it was made
-    *(f'DROP INDEX "{name}"' for name in _INDEXES),
 )
-SELECT_INDEXES = f"SELECT content FROM {STATE_TABLE} WHERE kind = 'index'"  # noqa: S608 - constants
-SELECT_SOURCE = f"SELECT content FROM {STATE_TABLE} WHERE kind = 'source'"  # noqa: S608 - constants
-DROP_STATE = f"DROP TABLE {STATE_TABLE}"
+_SELECT_STATE = f"SELECT content FROM {_STATE} WHERE kind = $1"  # noqa: S608 - constants
+_SET_REVISION = "UPDATE alembic_version SET version_num = $1"
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -126,86 +117,167 @@ def quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def explain_failure(name: str, reason: str) -> str:
-    return f"{name} cannot be used: {reason}; run the same command again to go on"
+class Side(ABC):
+    """One of the two databases. All methods raise CopyError if it cannot be used.
 
-
-def explain_not_empty(name: str) -> str:
-    return f"{name} is not empty; copy to a new database, or move this one away first"
-
-
-def explain_other_copy(name: str, source: str) -> str:
-    return f"{name} is an unfinished copy of {source}; finish that with the same command, or copy to a new database"
-
-
-class Side(Protocol):
-    """One of the two databases. All methods raise CopyError if it cannot be used."""
-
-    name: str
-    """What messages call it, without a password."""
+    Parameters in SQL are `$1`, `$2` and so on, in this order.
+    """
 
     unique_numbers: bool
     """Whether no two tokens can have the same number."""
+    collation: str
+    """What orders text by code points."""
+    indexes: str
+    """What selects the definition of an index: the beginning of a query that ends with a condition for its name."""
+    sequences_query: str
+    """Selects the last number that was given to a row, by table, where numbers are never given twice."""
 
+    def __init__(self, name: str) -> None:
+        """Open nothing yet. `name`: what messages call it, without a password."""
+        self.name = name
+
+    @abstractmethod
     async def open_source(self) -> None:
         """Connect to read."""
+
+    @abstractmethod
+    async def open_alone(self) -> str | None:
+        """Connect to write, as the only user; return who else uses the database if that is not possible."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Disconnect, and let others use the database."""
+
+    @abstractmethod
+    async def seal(self) -> str | None:
+        """Keep others from writing until `close`; return who uses the database if that is not possible."""
+
+    @abstractmethod
+    async def find_users(self) -> str | None:
+        """Return who else uses the database, although it is sealed."""
+
+    @abstractmethod
+    async def size(self) -> int:
+        """Return the bytes that the database takes on the disk."""
+
+    @abstractmethod
+    async def check_room(self, size: int) -> None:
+        """Raise CopyError if the disk of the files, where it is known, has no room for that number of bytes."""
+
+    @abstractmethod
+    async def fetch(self, sql: str, *values: Value) -> Sequence[Row]:
+        """Run a statement, and return its rows."""
+
+    @abstractmethod
+    async def run_each(self, sql: str, each: Sequence[Row]) -> None:
+        """Run a change once for each set of values."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractAsyncContextManager[object]:
+        """Commit what is written meanwhile together."""
+
+    @abstractmethod
+    def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
+        """Yield rows in the order of the primary key, from a key or from the start on."""
+
+    @abstractmethod
+    async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        """Write rows in one transaction. What contradicts them is deleted."""
+
+    @abstractmethod
+    async def put(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        """Write rows, and delete what contradicts them."""
+
+    @abstractmethod
+    async def set_sequences(self, sequences: Mapping[str, int]) -> None:
+        """Let the next numbers of some tables be higher than these."""
 
     async def open_target(self, source: str) -> None:
         """Connect to write, as the only user.
 
         The database has all tables. It must be empty, or an unfinished copy of this source; from now on it is one.
         """
-
-    async def close(self) -> None:
-        """Disconnect, and let others use the database."""
-
-    async def seal(self) -> str | None:
-        """Keep others from writing until `close`; return who uses the database if that is not possible."""
-
-    async def find_users(self) -> str | None:
-        """Return who else uses the database, although it is sealed."""
-
-    async def size(self) -> int:
-        """Return the bytes that the database takes on the disk."""
-
-    async def check_room(self, size: int) -> None:
-        """Raise CopyError if the disk of the files, where it is known, has no room for that number of bytes."""
+        users = await self.open_alone()
+        if users is not None:
+            raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
+        [(version,)] = await self.fetch("SELECT version_num FROM alembic_version")
+        if version == schema.COPYING:
+            begun = str((await self.fetch(_SELECT_STATE, "source"))[0][0])
+            if begun != source:
+                raise CopyError(
+                    f"{self.name} is an unfinished copy of {begun}; finish that with the same command, or copy to a new"
+                    " database"
+                )
+            return
+        for table in TABLES:
+            if table.table is not marks and await self.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608 - names
+                raise CopyError(f"{self.name} is not empty; copy to a new database, or move this one away first")
+        async with self.transaction():
+            for statement in _CLEAR_TARGET:
+                await self.fetch(statement)
+            await self.fetch(f"INSERT INTO {_STATE} VALUES ('source', $1)", source)  # noqa: S608 - constants
+            for name in _INDEXES:
+                await self.fetch(f"INSERT INTO {_STATE} SELECT 'index', {self.indexes} = '{name}'")
+                await self.fetch(f'DROP INDEX "{name}"')
+            await self.fetch(_SET_REVISION, schema.COPYING)
 
     async def count(self, table: CopiedTable) -> int:
         """Return the number of rows."""
+        [(count,)] = await self.fetch(table.count())
+        return int(count or 0)
 
     async def last(self, table: CopiedTable) -> Key | None:
         """Return the highest primary key; None if there are no rows."""
+        rows = await self.fetch(table.select_last(self.collation))
+        return rows[0] if rows else None
 
-    def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
-        """Yield rows in the order of the primary key, from a key or from the start on."""
-
-    async def page(self, table: CopiedTable, after: Key | None, limit: int) -> Sequence[Row]:
-        """Return at most `limit` rows in the order of the key, from a key or from the start on."""
+    async def page(self, table: CopiedTable, by: Sequence[str], after: Key | None, limit: int) -> Sequence[Row]:
+        """Return at most `limit` rows in the order of some columns, from a key or from the start on."""
+        sql = table.select(by, after is not None, True, self.collation)
+        return await self.fetch(sql, *(after or ()), limit)
 
     async def find_new_numbers(self) -> Mapping[bytes, int]:
         """Return numbers, by digest, for tokens that must have another one so that all are different.
 
         They do not change the order of tokens whose numbers differ.
         """
-
-    async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
-        """Write rows in one transaction."""
+        return {}
 
     async def missing_indexes(self) -> Sequence[str]:
         """Return the definitions of indexes that are not built yet."""
+        return [str(definition) for (definition,) in await self.fetch(_SELECT_STATE, "index")]
 
     async def build_index(self, definition: str) -> None:
         """Build one of the missing indexes."""
+        async with self.transaction():
+            await self.fetch(definition)
+            await self.fetch(f"DELETE FROM {_STATE} WHERE content = $1", definition)  # noqa: S608 - constants
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         """Delete the rows with some keys, and write others, in one transaction. What contradicts them is deleted."""
+        async with self.transaction():
+            await self.delete(table, table.key, stale)
+            await self.put(table, rows)
+
+    async def delete(self, table: CopiedTable, names: Sequence[str], keys: Sequence[Key]) -> None:
+        """Delete the rows with some values of these columns."""
+        which = " AND ".join(f'"{name}" = ${number}' for number, name in enumerate(names, 1))
+        await self.run_each(f'DELETE FROM "{table.name}" WHERE {which}', keys)  # noqa: S608 - names
 
     async def sequences(self) -> Mapping[str, int]:
         """Return the last number that was given to a row, by table, where numbers are never given twice."""
+        return {str(name): int(last) for name, last in await self.fetch(self.sequences_query) if last is not None}
 
     async def finish(self, sequences: Mapping[str, int]) -> None:
         """Make the copy a database that can be served, whose next numbers are higher, in one durable transaction."""
+        async with self.transaction():
+            await self.set_sequences(sequences)
+            await self.fetch(f"DROP TABLE {_STATE}")
+            await self.fetch(_SET_REVISION, schema.HEAD)
+
+    def failure(self, reason: str) -> CopyError:
+        """Return the error of a database that cannot be used."""
+        return CopyError(f"{self.name} cannot be used: {reason}; run the same command again to go on")
 
 
 class TableReport(NamedTuple):
@@ -303,7 +375,9 @@ class _Copy:
         after: Key | None = None
         self._on_progress("comparing", table.name, 0, total)
         while True:
-            wanted, there = await asyncio.gather(self._page(table, after), self._target.page(table, after, BATCH))
+            wanted, there = await asyncio.gather(
+                self._page(table, after), self._target.page(table, table.key, after, BATCH)
+            )
             end = min((table.key_of(page[-1]) for page in (wanted, there) if len(page) == BATCH), default=None)
             if wanted != there:
                 wanted, there = _until(table, wanted, end), _until(table, there, end)
@@ -317,7 +391,7 @@ class _Copy:
             after = end
 
     async def _page(self, table: CopiedTable, after: Key | None) -> Sequence[Row]:
-        rows = await self._source.page(table, after, BATCH)
+        rows = await self._source.page(table, table.key, after, BATCH)
         if self._numbers and table.table is tokens:
             return [self._renumbered(row) for row in rows]
         return rows
@@ -336,7 +410,7 @@ class _Copy:
         if not missing and not stale:
             return 0
         await self._target.replace(table, stale, missing)
-        found = await self._target.page(table, after, len(wanted))
+        found = await self._target.page(table, table.key, after, len(wanted))
         if found != wanted:
             raise CopyError(
                 f"{self._target.name}: rows of {table.name!r} are not what was written to it;"

@@ -2,37 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import asyncpg
 from asyncpg.transaction import Transaction
 from sqlalchemy import URL
 
 from tokenauth.errors import CopyError
-from tokenauth.stores import schema
-from tokenauth.stores.copying import (
-    BATCH,
-    CLEAR_TARGET,
-    CREATE_STATE,
-    DROP_STATE,
-    INDEX_NAMES,
-    SELECT_INDEXES,
-    SELECT_SOURCE,
-    SET_REVISION,
-    STATE_TABLE,
-    TABLES,
-    CopiedTable,
-    Key,
-    Row,
-    Side,
-    explain_failure,
-    explain_not_empty,
-    explain_other_copy,
-)
+from tokenauth.stores.copying import BATCH, TABLES, CopiedTable, Key, Row, Side, Value
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.connections import CONNECT_TIMEOUT, UNAVAILABLE, reason
 from tokenauth.stores.postgres.transaction import advisory_key
-from tokenauth.stores.tables import marks
 
 _SETTINGS = {
     "application_name": "tokenauth copy",
@@ -50,9 +30,6 @@ _SETTINGS = {
     "enable_bitmapscan": "off",
 }
 
-_COLLATION = ' COLLATE "C"'
-"""Orders text by code points, as SQLite and Python do."""
-
 _LOCK = "SELECT pg_try_advisory_lock($1)"
 _USERS = """
     SELECT count(*), string_agg(DISTINCT coalesce(host(client_addr), 'a local or hidden address'), ', ')
@@ -65,11 +42,6 @@ _PATIENCE = 5
 
 _SIZE = "SELECT coalesce(sum(pg_total_relation_size(name)), 0)::bigint FROM unnest($1::text[]::regclass[]) AS name"
 
-_KEEP_INDEXES = (
-    f"INSERT INTO {STATE_TABLE} SELECT 'index', indexdef FROM pg_indexes"  # noqa: S608 - constants
-    f" WHERE schemaname = current_schema() AND indexname IN ({INDEX_NAMES})"
-)
-
 _NEW_NUMBERS = """
     WITH numbered AS (SELECT digest, number, row_number() OVER (ORDER BY number, digest) AS turn FROM tokens),
     fitted AS (SELECT digest, number, turn + max(number - turn) OVER (ORDER BY turn) AS fitting FROM numbered)
@@ -77,11 +49,6 @@ _NEW_NUMBERS = """
 """
 """Each token gets its number or, if that is not higher than the one before, the next number."""
 
-_SEQUENCES = """
-    SELECT t.relname, s.last_value FROM pg_sequences s
-    JOIN pg_depend d ON d.objid = format('%I.%I', s.schemaname, s.sequencename)::regclass AND d.refobjsubid > 0
-    JOIN pg_class t ON t.oid = d.refobjid WHERE s.schemaname = current_schema()
-"""
 _SEQUENCE = "SELECT pg_get_serial_sequence($1, $2)"
 
 
@@ -89,10 +56,17 @@ class PostgresSide(Side):
     """A database on a server. A source is sealed by locks on its tables, as long as no server is connected to it."""
 
     unique_numbers = False
+    collation = ' COLLATE "C"'  # as SQLite and Python order it
+    indexes = "indexdef FROM pg_indexes WHERE schemaname = current_schema() AND indexname"
+    sequences_query = """
+        SELECT t.relname, s.last_value FROM pg_sequences s
+        JOIN pg_depend d ON d.objid = format('%I.%I', s.schemaname, s.sequencename)::regclass AND d.refobjsubid > 0
+        JOIN pg_class t ON t.oid = d.refobjid WHERE s.schemaname = current_schema()
+    """
 
     def __init__(self, url: URL) -> None:
         """Open nothing yet."""
-        self.name = hosts.name(url)
+        super().__init__(hosts.name(url))
         self._arguments = url.get_dialect()().create_connect_args(url)[1]
         self._connection: asyncpg.Connection | None = None
         self._seal: Transaction | None = None
@@ -106,29 +80,10 @@ class PostgresSide(Side):
         with self._explained():
             await self._connect()
 
-    async def open_target(self, source: str) -> None:
-        with self._explained():
-            await self._connect()
-            users = await self._find_users()
-            if users is not None:
-                raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
-            version = await self._db.fetchval("SELECT version_num FROM alembic_version")
-            if version == schema.COPYING:
-                begun = await self._db.fetchval(SELECT_SOURCE)
-                if begun != source:
-                    raise CopyError(explain_other_copy(self.name, begun))
-            else:
-                for table in TABLES:
-                    if table.table is not marks and await self._db.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608
-                        raise CopyError(explain_not_empty(self.name))
-                async with self._db.transaction():
-                    await self._db.execute(CREATE_STATE)
-                    await self._db.execute(f"INSERT INTO {STATE_TABLE} VALUES ('source', $1)", source)  # noqa: S608
-                    await self._db.execute(_KEEP_INDEXES)
-                    for statement in CLEAR_TARGET:
-                        await self._db.execute(statement)
-                    await self._db.execute(f"{SET_REVISION} $1", schema.COPYING)
-            await self._db.execute("SET synchronous_commit = off")
+    async def open_alone(self) -> str | None:
+        await self.open_source()
+        await self.fetch("SET synchronous_commit = off")
+        return await self.find_users()
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -136,26 +91,23 @@ class PostgresSide(Side):
 
     async def seal(self) -> str | None:
         with self._explained():
-            users = await self._find_users()
+            users = await self.find_users()
             if users is not None:
                 return users
             self._seal = self._db.transaction()
             await self._seal.start()
             names = ", ".join(f'"{table.name}"' for table in TABLES)
             await self._db.execute(f"LOCK TABLE {names} IN EXCLUSIVE MODE")
-            users = await self._find_users()
+            users = await self.find_users()
             if users is not None:
                 await self._seal.rollback()
                 self._seal = None
             return users
 
     async def find_users(self) -> str | None:
-        with self._explained():
-            return await self._find_users()
-
-    async def _find_users(self) -> str | None:
         for _ in range(_PATIENCE):
-            [(count, places)] = await self._db.fetch(_USERS)
+            with self._explained():
+                [(count, places)] = await self._db.fetch(_USERS)
             if count == 0:
                 return None
             await asyncio.sleep(0.2)
@@ -168,28 +120,28 @@ class PostgresSide(Side):
     async def check_room(self, size: int) -> None:
         """Do nothing: it is not known where its files are."""
 
-    async def count(self, table: CopiedTable) -> int:
+    async def fetch(self, sql: str, *values: Value) -> Sequence[Row]:
         with self._explained():
-            return int(await self._db.fetchval(table.count()))
+            return [tuple(row) for row in await self._db.fetch(sql, *values)]
 
-    async def last(self, table: CopiedTable) -> Key | None:
+    async def run_each(self, sql: str, each: Sequence[Row]) -> None:
         with self._explained():
-            row = await self._db.fetchrow(table.select_last(_COLLATION))
-        return None if row is None else tuple(row)
+            await self._db.executemany(sql, each)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        with self._explained():
+            async with self._db.transaction():
+                yield
 
     async def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
         """Yield the rows of one query: tokens have no index of their numbers."""
-        sql = table.select(table.order, after is not None, False, "$", _COLLATION)
+        sql = table.select(table.order, after is not None, False, self.collation)
         with self._explained():
             async with self._db.transaction():
                 cursor = await self._db.cursor(sql, *(after or ()))
                 while batch := await cursor.fetch(BATCH):
                     yield [tuple(row) for row in batch]
-
-    async def page(self, table: CopiedTable, after: Key | None, limit: int) -> Sequence[Row]:
-        sql = table.select(table.key, after is not None, True, "$", _COLLATION)
-        with self._explained():
-            return [tuple(row) for row in await self._db.fetch(sql, *(after or ()), limit)]
 
     async def find_new_numbers(self) -> Mapping[bytes, int]:
         with self._explained():
@@ -200,29 +152,13 @@ class PostgresSide(Side):
             try:
                 await self._insert(table, rows)
             except asyncpg.UniqueViolationError:  # the source has changed since the rows before were read
-                await self._replace(table, (), rows)
+                await self.replace(table, (), rows)
 
-    async def missing_indexes(self) -> Sequence[str]:
-        with self._explained():
-            return [row[0] for row in await self._db.fetch(SELECT_INDEXES)]
-
-    async def build_index(self, definition: str) -> None:
-        with self._explained():
-            async with self._db.transaction():
-                await self._db.execute(definition)
-                await self._db.execute(f"DELETE FROM {STATE_TABLE} WHERE content = $1", definition)  # noqa: S608
-
-    async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
-        with self._explained():
-            await self._replace(table, stale, rows)
-
-    async def _replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
-        async with self._db.transaction():
-            await self._delete(table, table.key, stale)
-            for names in table.unique:
-                positions = [table.columns.index(name) for name in names]
-                await self._delete(table, names, [tuple(row[at] for at in positions) for row in rows])
-            await self._insert(table, rows)
+    async def put(self, table: CopiedTable, rows: Sequence[Row]) -> None:
+        for names in table.unique:
+            positions = [table.columns.index(name) for name in names]
+            await self.delete(table, names, [tuple(row[at] for at in positions) for row in rows])
+        await self._insert(table, rows)
 
     async def _insert(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         try:
@@ -232,31 +168,18 @@ class PostgresSide(Side):
                 f"{self.name} cannot store a row of the source's table {table.name!r}: a value has the wrong type"
             ) from None
 
-    async def _delete(self, table: CopiedTable, names: Sequence[str], keys: Sequence[Key]) -> None:
-        which = " AND ".join(f'"{name}" = ${at}' for at, name in enumerate(names, 1))
-        await self._db.executemany(f'DELETE FROM "{table.name}" WHERE {which}', keys)  # noqa: S608 - names
-
-    async def sequences(self) -> Mapping[str, int]:
-        with self._explained():
-            return {name: last for name, last in await self._db.fetch(_SEQUENCES) if last is not None}
+    async def set_sequences(self, sequences: Mapping[str, int]) -> None:
+        for table in TABLES:
+            [name, *_] = table.order
+            if len(table.order) == 1 and (own := await self._db.fetchval(_SEQUENCE, table.name, name)):
+                highest = await self.last(table)
+                last = max(sequences.get(table.name, 0), 0 if highest is None else int(highest[0] or 0))
+                if last > 0:
+                    await self.fetch("SELECT setval($1::text::regclass, $2)", own, last)
 
     async def finish(self, sequences: Mapping[str, int]) -> None:
-        with self._explained():
-            await self._db.execute("SET synchronous_commit = on")
-            async with self._db.transaction():
-                for table in TABLES:
-                    [name, *_] = table.order
-                    if len(table.order) == 1 and (own := await self._sequence(table, name)):
-                        highest = await self.last(table)
-                        last = max(sequences.get(table.name, 0), 0 if highest is None else int(highest[0] or 0))
-                        if last > 0:
-                            await self._db.execute("SELECT setval($1::text::regclass, $2)", own, last)
-                await self._db.execute(DROP_STATE)
-                await self._db.execute(f"{SET_REVISION} $1", schema.HEAD)
-
-    async def _sequence(self, table: CopiedTable, column: str) -> str | None:
-        found: str | None = await self._db.fetchval(_SEQUENCE, table.name, column)
-        return found
+        await self.fetch("SET synchronous_commit = on")
+        await super().finish(sequences)
 
     async def _connect(self) -> None:
         """Connect, unless another copy uses the database: also one to or from itself."""
@@ -280,4 +203,4 @@ class PostgresSide(Side):
         try:
             yield
         except UNAVAILABLE as error:
-            raise CopyError(explain_failure(self.name, reason(error))) from None
+            raise self.failure(reason(error)) from None

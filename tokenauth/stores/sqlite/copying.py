@@ -2,38 +2,18 @@
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from tokenauth.errors import CopyError
-from tokenauth.stores import schema
-from tokenauth.stores.copying import (
-    BATCH,
-    CLEAR_TARGET,
-    CREATE_STATE,
-    DROP_STATE,
-    INDEX_NAMES,
-    SELECT_INDEXES,
-    SELECT_SOURCE,
-    SET_REVISION,
-    STATE_TABLE,
-    TABLES,
-    CopiedTable,
-    Key,
-    Row,
-    Side,
-    explain_failure,
-    explain_not_empty,
-    explain_other_copy,
-    quoted,
-)
+from tokenauth.stores.copying import BATCH, TABLES, CopiedTable, Key, Row, Side, Value, quoted
 from tokenauth.stores.sqlite.files import existing, file_size
 from tokenauth.stores.sqlite.reader import ERRORS, reason
-from tokenauth.stores.tables import marks
 
 T = TypeVar("T")
 
@@ -47,10 +27,7 @@ _TARGET_PRAGMAS = (
 )
 
 
-_KEEP_INDEXES = (
-    f"INSERT INTO {STATE_TABLE} SELECT 'index', sql FROM sqlite_master"  # noqa: S608 - constants
-    f" WHERE type = 'index' AND name IN ({INDEX_NAMES})"
-)
+_PARAMETER = re.compile(r"\$\d+")
 
 _NUMBERED = {table.name for table in TABLES if table.table.dialect_options["sqlite"]["autoincrement"]}
 """Tables whose numbers are never given twice. In others a row gets the number after the highest."""
@@ -64,39 +41,24 @@ class SqliteSide(Side):
     """
 
     unique_numbers = True
+    collation = ""
+    indexes = "sql FROM sqlite_master WHERE type = 'index' AND name"
+    sequences_query = "SELECT name, seq FROM sqlite_sequence"
 
     def __init__(self, path: str) -> None:
         """Open nothing yet."""
-        self.name = path
+        super().__init__(path)
         self._db: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1)
 
     async def open_source(self) -> None:
         await self._run(self._connect)
 
-    async def open_target(self, source: str) -> None:
-        await self._run(lambda: self._open_target(source))
-
-    def _open_target(self, source: str) -> None:
-        if not self._connect_exclusively():
-            raise CopyError(f"{self.name} is in use: {_users(self.name)}; stop the server that uses it")
-        for pragma in _TARGET_PRAGMAS:
-            self._execute(f"PRAGMA {pragma}")
-        [(version,)] = self._execute("SELECT version_num FROM alembic_version").fetchall()
-        if version == schema.COPYING:
-            [(begun,)] = self._execute(SELECT_SOURCE).fetchall()
-            if begun != source:
-                raise CopyError(explain_other_copy(self.name, begun))
-            return
-        if any(self._execute(table.count()).fetchone()[0] for table in TABLES if table.table is not marks):
-            raise CopyError(explain_not_empty(self.name))
-        with self._transaction():
-            self._execute(CREATE_STATE)
-            self._execute(f"INSERT INTO {STATE_TABLE} VALUES ('source', ?)", (source,))  # noqa: S608 - constant
-            self._execute(_KEEP_INDEXES)
-            for statement in CLEAR_TARGET:
-                self._execute(statement)
-            self._execute(f"{SET_REVISION} ?", (schema.COPYING,))
+    async def open_alone(self) -> str | None:
+        users = await self.seal()
+        for pragma in _TARGET_PRAGMAS if users is None else ():
+            await self.fetch(f"PRAGMA {pragma}")
+        return users
 
     async def close(self) -> None:
         await self._run(self._close)
@@ -126,99 +88,74 @@ class SqliteSide(Side):
                 " free some space, or copy to another disk"
             )
 
-    async def count(self, table: CopiedTable) -> int:
-        return int((await self._rows(table.count()))[0][0] or 0)
+    async def fetch(self, sql: str, *values: Value) -> Sequence[Row]:
+        return await self._run(lambda: self._execute(sql, values).fetchall())
 
-    async def last(self, table: CopiedTable) -> Key | None:
-        rows = await self._rows(table.select_last())
-        return rows[0] if rows else None
+    async def run_each(self, sql: str, each: Sequence[Row]) -> None:
+        await self._run(lambda: self._connection.executemany(_PARAMETER.sub("?", sql), each))
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        await self.fetch("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            with suppress(CopyError):
+                await self.fetch("ROLLBACK")
+            raise
+        await self.fetch("COMMIT")
 
     async def stream(self, table: CopiedTable, after: Key | None) -> AsyncIterator[Sequence[Row]]:
         """Yield rows. Each batch is a query of its own: a long one would keep the -wal file growing."""
         positions = [table.columns.index(name) for name in table.order]
-        while batch := await self._page(table, table.order, after, BATCH):
+        while batch := await self.page(table, table.order, after, BATCH):
             yield batch
             after = tuple(batch[-1][at] for at in positions)
 
-    async def page(self, table: CopiedTable, after: Key | None, limit: int) -> Sequence[Row]:
-        return await self._page(table, table.key, after, limit)
-
-    async def _page(self, table: CopiedTable, by: Sequence[str], after: Key | None, limit: int) -> Sequence[Row]:
-        sql = table.select(by, after is not None, True, "?")
-        rows = await self._rows(sql, (*(after or ()), limit))
+    async def page(self, table: CopiedTable, by: Sequence[str], after: Key | None, limit: int) -> Sequence[Row]:
+        rows = await super().page(table, by, after, limit)
         for at in table.booleans:
             rows = [(*row[:at], bool(row[at]), *row[at + 1 :]) for row in rows]
         return rows
 
-    async def find_new_numbers(self) -> Mapping[bytes, int]:
-        return {}
-
     async def add(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         await self.replace(table, (), rows)
 
-    async def missing_indexes(self) -> Sequence[str]:
-        return [str(content) for (content,) in await self._rows(SELECT_INDEXES)]
-
-    async def build_index(self, definition: str) -> None:
-        def build() -> None:
-            with self._transaction() as db:
-                db.execute(definition)
-                db.execute(f"DELETE FROM {STATE_TABLE} WHERE content = ?", (definition,))  # noqa: S608 - constant
-
-        await self._run(build)
-
-    async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
-        await self._run(lambda: self._replace(table, stale, rows))
-
-    def _replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
-        which = " AND ".join(f'"{name}" = ?' for name in table.key)
+    async def put(self, table: CopiedTable, rows: Sequence[Row]) -> None:
         values = ", ".join("?" * len(table.columns))
-        with self._transaction() as db:
-            db.executemany(f'DELETE FROM "{table.name}" WHERE {which}', stale)  # noqa: S608 - names
-            db.executemany(
-                f'INSERT OR REPLACE INTO "{table.name}" ({quoted(table.columns)}) VALUES ({values})',  # noqa: S608
-                rows,
-            )
+        sql = f'INSERT OR REPLACE INTO "{table.name}" ({quoted(table.columns)}) VALUES ({values})'  # noqa: S608 - names
+        await self.run_each(sql, rows)
 
-    async def sequences(self) -> Mapping[str, int]:
-        return {str(name): int(last or 0) for name, last in await self._rows("SELECT name, seq FROM sqlite_sequence")}
+    async def set_sequences(self, sequences: Mapping[str, int]) -> None:
+        for name, last in sequences.items():
+            if name not in _NUMBERED:
+                continue
+            if await self.fetch("SELECT 1 FROM sqlite_sequence WHERE name = $1", name):
+                await self.fetch("UPDATE sqlite_sequence SET seq = max(seq, $1) WHERE name = $2", last, name)
+            else:
+                await self.fetch("INSERT INTO sqlite_sequence (seq, name) VALUES ($1, $2)", last, name)
 
     async def finish(self, sequences: Mapping[str, int]) -> None:
-        await self._run(lambda: self._finish(sequences))
-
-    def _finish(self, sequences: Mapping[str, int]) -> None:
-        self._execute("PRAGMA synchronous = FULL")
-        self._execute("PRAGMA fullfsync = ON")
-        with self._transaction():
-            for name, last in sequences.items():
-                if name not in _NUMBERED:
-                    continue
-                if [*self._execute("SELECT 1 FROM sqlite_sequence WHERE name = ?", (name,))]:
-                    self._execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?", (last, name))
-                else:
-                    self._execute("INSERT INTO sqlite_sequence (seq, name) VALUES (?, ?)", (last, name))
-            self._execute(DROP_STATE)
-            self._execute(f"{SET_REVISION} ?", (schema.HEAD,))
-        self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    async def _rows(self, sql: str, values: Row = ()) -> list[Row]:
-        return await self._run(lambda: self._execute(sql, values).fetchall())
+        await self.fetch("PRAGMA synchronous = FULL")
+        await self.fetch("PRAGMA fullfsync = ON")
+        await super().finish(sequences)
+        await self.fetch("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def _run(self, job: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, job)
         except ERRORS as error:
-            raise CopyError(explain_failure(self.name, reason(error))) from None
+            raise self.failure(reason(error)) from None
         except OSError as error:
-            raise CopyError(explain_failure(self.name, error.strerror or "it fails")) from None
+            raise self.failure(error.strerror or "it fails") from None
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        assert self._db is not None
+        return self._db
 
     def _execute(self, sql: str, values: Row = ()) -> sqlite3.Cursor:
-        assert self._db is not None
-        return self._db.execute(sql, values)
-
-    def _transaction(self) -> "_Transaction":
-        assert self._db is not None
-        return _Transaction(self._db)
+        return self._connection.execute(_PARAMETER.sub("?", sql), values)
 
     def _connect(self) -> None:
         self._close()
@@ -244,24 +181,6 @@ class SqliteSide(Side):
         if self._db is not None:
             self._db.close()
             self._db = None
-
-
-class _Transaction:
-    """A transaction of a connection that begins none itself."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._db.execute("COMMIT")
-        else:
-            with suppress(*ERRORS):
-                self._db.rollback()
 
 
 def _users(path: str) -> str:
