@@ -591,7 +591,7 @@ class LeaseRequest:
 
 
 RequestKey = tuple[str, str]
-"""What tells requests for one pool apart: the user and the id."""
+"""The user and the id: no two requests for one pool have the same."""
 
 
 @dataclass(frozen=True, slots=True)

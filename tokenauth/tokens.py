@@ -165,7 +165,7 @@ class Tokens:
         return None if token is None else Login(self.owner(token), token)
 
     async def identify_again(self, token: Token) -> Identity | None:
-        """Return the user of a token that was valid before, if it still is. This is no use of it.
+        """Return the user of a token that was valid before, if it still is. This does not count as a use.
 
         Raises StoreUnavailable if it cannot be checked now.
         """
@@ -318,7 +318,7 @@ class Tokens:
     async def find_in(self, text: bytes) -> Sequence[tuple[Token, str]]:
         """Return the unexpired tokens of the store whose values are in a text, each with its status.
 
-        They are found in the usual encodings (`values.find_values`). This is no use of them.
+        They are found in the usual encodings (`values.find_values`). This does not count as a use.
         """
         digests = [sha256(value).digest() for value in values.find_values(text)]
         found = []

@@ -55,7 +55,7 @@ def new_request(
 
 
 def find_use(pool: Pool, now: Instant) -> MayUse:
-    """Return what tells whether a request could use a free token of a pool."""
+    """Return a function that says whether a request could use a free token of a pool."""
     if not pool.members:
         return lambda request, _: not request.labels
     return lambda request, token: pool.can_lease(token, request.username or None, request.labels, now)

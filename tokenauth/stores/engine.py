@@ -122,7 +122,7 @@ class Engine(Protocol):
 
     @property
     def identity(self) -> str:
-        """What tells the open database from another one at the same address; DATABASE_LOST after it was replaced."""
+        """Differs from that of another database at the same address; DATABASE_LOST after the open one was replaced."""
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         """Migrate the schema, connect, and return the time in the clock row. Raises StartError.

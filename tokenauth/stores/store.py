@@ -98,7 +98,7 @@ _LAST_NUMBER = 2**63 - 1
 """No row has a greater number."""
 
 _MAX_BRIEF_MEMBERS = 20
-"""So many members are read faster than a thread wakes up."""
+"""A pool of at most this many members is read faster than a thread wakes up."""
 
 _FIND = select(*token_columns).where(tokens.c.digest.between(bindparam("low"), bindparam("high")))
 _LIST = (
@@ -755,7 +755,7 @@ class Store:
 
     @property
     def identity(self) -> str:
-        """What tells the open database from another one at the same address; DATABASE_LOST after it was replaced."""
+        """Differs from that of another database at the same address; DATABASE_LOST after the open one was replaced."""
         return self.engine.identity
 
     @property

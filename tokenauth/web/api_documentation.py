@@ -150,7 +150,7 @@ _ISSUED_AT, _EXPIRES_AT = 1_800_000_000, 1_800_086_400
 
 _POOL_VALUE = "8Wm2TqZ5rXbN7cKvJ0dHfLyP3sGa9eUi1nQoEkRj4wYtCxBz6uVhMgSlDpFiAOTq"
 
-_TOUCH = Parameter("touch", "`0`: this is no use of the token, so it does not extend it.", Literal["0"])
+_TOUCH = Parameter("touch", "`0`: this does not count as a use of the token, and so does not extend it.", Literal["0"])
 
 TOKEN = Section(
     name="Token",

@@ -156,7 +156,7 @@ def _parse(query: bytes, browsers: bool) -> _Query:
 
     A problem is a malformed scope, such as the empty value of an unset variable of the proxy, and any other parameter,
     which may be a misspelt `scope`. Only `path` and what follows it come from the client. `browsers`: whether there is
-    a login page; without one, `cookie`, `login` and `header` are unknown. `touch=0`: this is no use of the token.
+    a login page; without one, `cookie`, `login` and `header` are unknown. `touch=0`: this does not count as a use.
     """
     try:
         pairs = query_pairs(query)
