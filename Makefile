@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 # On all cores, which pip does on one. Some packages have files that are not for this Python.
 COMPILE_PACKAGES := $(BIN)/python -m compileall -qq -j 0 .venv/lib || :
 
-.PHONY: install serve test test-interpreters check bench faults lock swagger-ui console-libraries pictures wheel clean
+.PHONY: install serve test test-extended test-interpreters check bench faults lock swagger-ui console-libraries pictures wheel clean
 
 install: .venv/.installed
 
@@ -32,8 +32,14 @@ serve: .venv/.serves
 	@$(BIN)/tokenauth serve $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 
 # Tests start many processes: bytecode is kept, whatever the environment says.
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -n 4 --dist loadfile --no-loadscope-reorder
+
+# What each change needs. The rest is in test-extended: what takes long and few changes concern.
 test: install
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o faulthandler_timeout=300 -m "not faults" -n 4 --dist loadfile --no-loadscope-reorder
+	$(TEST) -m "not faults and not extended"
+
+test-extended: install
+	$(TEST) -m "extended and not faults"
 
 test-interpreters: install
 	.ci/interpreters

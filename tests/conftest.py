@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)
-    if config.option.markexpr == "not faults" and "TMPDIR" not in os.environ and _has_room(_MEMORY):
+    if "not faults" in config.option.markexpr and "TMPDIR" not in os.environ and _has_room(_MEMORY):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
 
 

@@ -19,6 +19,7 @@ from tests.support.servers import TOKENAUTH, USERS, Server, spawn, write_config
 from tokenauth.risks import SHIPPED_HASH
 
 
+@pytest.mark.extended
 def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path) -> None:
     survives_breakage(tmp_path, "no descriptors")
 
@@ -130,6 +131,7 @@ def test_a_reload_at_the_very_start_is_ignored() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.extended
 def test_no_worker_outlives_the_main_process(tmp_path: Path) -> None:
     with breakable(write_config(tmp_path), "--workers", "2") as broken:
         leader = broken.server.process.pid

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.restarts import survive_reloads, survive_restarts
 
 
@@ -9,5 +11,6 @@ def test_reloads_under_load_lose_no_request(tmp_path: Path) -> None:
     survive_reloads(tmp_path, 2)
 
 
+@pytest.mark.extended
 def test_restarts_under_load_lose_no_request(tmp_path: Path) -> None:
     survive_restarts(tmp_path, 2)

@@ -34,6 +34,7 @@ prefill = true
 """
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("rows", "growth"), [(500, 1.7), pytest.param(3000, 1.2, marks=pytest.mark.faults)])
 async def test_a_killed_copy_goes_on(tmp_path: Path, database: str, rows: int, growth: float) -> None:
     """It is killed again and again, each time a little later."""
@@ -134,6 +135,7 @@ def check(server: Server, clients: Clients) -> None:
             assert (answer.status_code, answer.json()["fence"]) == (200, fence)
 
 
+@pytest.mark.extended
 def test_nothing_is_lost_that_a_running_server_answers(tmp_path: Path, database: str) -> None:
     """To PostgreSQL, and from there to a new file, with clients all the time but in the final stop."""
     urls = [f"sqlite+aiosqlite:///{tmp_path}/tokenauth.db", database, f"sqlite+aiosqlite:///{tmp_path}/back.db"]
@@ -265,6 +267,7 @@ def test_doctor_and_serve_name_an_unfinished_copy(tmp_path: Path, source: str) -
     assert "unfinished copy" in mistake(run(tmp_path, "tokens", "list"))
 
 
+@pytest.mark.extended
 def test_progress_is_shown_on_a_terminal(tmp_path: Path, source: str) -> None:
     target = f"sqlite+aiosqlite:///{tmp_path}/b.db"
     with on_terminal(tmp_path, f'"$TOKENAUTH" copy --to {target} 2>&1') as terminal:

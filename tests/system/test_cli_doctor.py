@@ -261,6 +261,7 @@ def test_a_file_that_is_no_database_is_an_error(home: Path) -> None:
     assert (home / "tokenauth.db").read_text() == "precious"
 
 
+@pytest.mark.extended
 def test_a_disk_that_takes_no_data_is_an_error(home: Path) -> None:
     command = f"ulimit -f 96; {TOKENAUTH} doctor --json"  # blocks of 512 bytes: enough for the -shm file
     done = subprocess.run(["sh", "-c", command], cwd=home, env=environment({}), capture_output=True, check=False)
@@ -271,6 +272,7 @@ def test_a_disk_that_takes_no_data_is_an_error(home: Path) -> None:
     assert f"is readable, with schema {HEAD}" in found["database"]["text"]
 
 
+@pytest.mark.extended
 def test_few_open_files_are_a_warning(home: Path) -> None:
     command = f"ulimit -n 1000; {TOKENAUTH} doctor --json"
     done = subprocess.run(["sh", "-c", command], cwd=home, env=environment({}), capture_output=True, check=True)
@@ -301,6 +303,7 @@ def test_the_known_releases_are_those_of_the_package() -> None:
     assert KNOWN_UVICORN == ("0.53.", "0.54.")
 
 
+@pytest.mark.extended
 def test_it_fits_80_columns(home: Path) -> None:
     with on_terminal(home, 'stty cols 80; "$TOKENAUTH" doctor 2>&1; echo "exit $?"') as found:
         found.expect("exit 0")

@@ -97,6 +97,7 @@ def test_a_throttled_user_is_listed_and_cleared(server: Server, home: Path) -> N
     ]  # fmt: skip
 
 
+@pytest.mark.extended
 def test_a_user_whose_wait_is_over_is_cleared_too(tmp_path: Path) -> None:
     """The failures count still: the next one would make a longer wait."""
     settings = SETTINGS.format(directory=tmp_path).replace("10m", "4s")

@@ -63,6 +63,7 @@ async def schema_of(url: str) -> object:
     return await population.on_connection(url, definitions)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_a_copy_and_its_copy_have_all_rows(new_url: NewUrl, source: str, target: str) -> None:
     first = await filled(new_url(source))
@@ -107,6 +108,7 @@ class Interrupted(Exception):
     """Ends a copy in the middle."""
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("source", "target"), [("sqlite", "postgres"), REST[2]])
 async def test_an_interrupted_copy_goes_on(
     new_url: NewUrl, source: str, target: str, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,8 @@ import pytest
 from tests.support.servers import ROOT
 from tests.support.skipping import skip_without
 
+pytestmark = pytest.mark.extended
+
 PAGES = ROOT / "tokenauth/web/pages"
 
 OPTIONS = (

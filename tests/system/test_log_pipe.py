@@ -7,9 +7,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.support.connections import LOGIN, Connection
 from tests.support.ports import free_port
 from tests.support.servers import TOKENAUTH, write_config
+
+pytestmark = pytest.mark.extended
 
 
 def test_a_server_with_a_full_log_pipe_keeps_serving(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from tests.support.servers import ROOT, TOKENAUTH, log_in, probe, spawn, write_c
 from tests.wire.test_tls import ask, connect, trusting
 from tokenauth.settings import loader
 
+pytestmark = pytest.mark.extended
+
 SECRET = "dora-and-emil"
 HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 

@@ -320,6 +320,7 @@ def test_links_that_are_swapped_and_other_files_are_watched(tmp_path: Path) -> N
         assert server.wait("reloaded", cause="watch")["settings_changed"] == ["server.tls_certificate"]
 
 
+@pytest.mark.extended
 def test_users_of_an_htpasswd_file_come_and_go(tmp_path: Path) -> None:
     """One is added and removed with the file, and its tokens end."""
     file = tmp_path / "htpasswd"
@@ -363,6 +364,7 @@ def test_a_file_is_not_watched_by_default(tmp_path: Path) -> None:
         assert server.events("reloaded") == []
 
 
+@pytest.mark.extended
 def test_a_control_socket_that_is_taken_is_said(tmp_path: Path) -> None:
     """The server goes on without it."""
     config = write_config(tmp_path)

@@ -17,6 +17,8 @@ from tests.support.main_process import workers_of
 from tests.support.servers import Server, spawn, worker, write_config
 from tests.wire.test_tls import ask, connect, secured, trusting
 
+pytestmark = pytest.mark.extended
+
 READY = (200, {"status": "ready"})
 
 

@@ -9,6 +9,8 @@ from tests.support.journal import serving, until
 from tests.support.servers import write_config
 from tests.support.soak import MIX, SETTINGS, Sample, Soak, check_flat
 
+pytestmark = pytest.mark.extended
+
 
 def test_a_mixed_load_gets_right_answers_and_stays_flat(tmp_path: Path) -> None:
     with serving(write_config(tmp_path, SETTINGS), "--workers", "2") as server:

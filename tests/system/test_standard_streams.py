@@ -17,6 +17,7 @@ from tests.support.servers import spawn, write_config
 TOKENAUTH = Path(sysconfig.get_path("scripts")) / "tokenauth"
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.faults) for one in (">&-", "2>&-"))]
 )

@@ -99,6 +99,7 @@ def stops_at_closing(found: OnTerminal) -> None:
     assert '"signal":"SIGHUP"' in found.log.read_text()
 
 
+@pytest.mark.extended
 def test_closing_the_terminal_of_a_shell_stops_the_server(tmp_path: Path) -> None:
     write_config(tmp_path)
     with on_terminal(tmp_path, f"{SERVE}; true") as found:
@@ -106,6 +107,7 @@ def test_closing_the_terminal_of_a_shell_stops_the_server(tmp_path: Path) -> Non
         stops_at_closing(found)
 
 
+@pytest.mark.extended
 def test_a_hangup_is_a_reload_until_the_terminal_closes(tmp_path: Path) -> None:
     """Here the server leads the session of the terminal."""
     write_config(tmp_path)
@@ -117,6 +119,7 @@ def test_a_hangup_is_a_reload_until_the_terminal_closes(tmp_path: Path) -> None:
         stops_at_closing(found)
 
 
+@pytest.mark.extended
 def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
     write_config(tmp_path)
     with on_terminal(tmp_path, f"nohup {SERVE} 1>&2") as found:
@@ -201,6 +204,7 @@ def test_a_listing_fits_80_columns(logins: Path) -> None:
     assert lines[2] == "    address 127.0.0.1, agent Firefox on Linux"
 
 
+@pytest.mark.extended
 def test_a_wide_terminal_shows_the_same_as_a_table(logins: Path) -> None:
     with on_terminal(logins, 'stty cols 120; "$TOKENAUTH" tokens list 2>&1; echo "exit $?"') as found:
         found.expect("exit 0")

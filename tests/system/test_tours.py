@@ -135,6 +135,7 @@ def cron_job(server: Server, tmp_path: Path) -> CronJob:
     return start
 
 
+@pytest.mark.extended
 def test_only_one_cron_job_of_the_guide_runs_at_a_time(cron_job: CronJob) -> None:
     runs = [cron_job(" --wait 5m ") for _ in range(3)]
     assert [run.communicate(timeout=60)[0] for run in runs] == ["ran\n"] * 3

@@ -6,8 +6,12 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import Forked
 from tokenauth.stores import schema
+
+pytestmark = pytest.mark.extended
 
 
 def test_ten_upgrades_at_once_of_an_empty_database_succeed(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from tests.support.servers import ROOT, write_config
 from tokenauth import build
 from tokenauth.stores.schema import HEAD
 
+pytestmark = pytest.mark.extended
+
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command that must succeed, without this process's environment. Return its output."""

@@ -106,6 +106,7 @@ def _require_ok(status: int, body: bytes) -> None:
     assert (status, body) == (200, b"ok")
 
 
+@pytest.mark.extended
 def test_databases_to_grow_have_live_tokens_and_the_schema(tmp_path: Path) -> None:
     databases = SqliteDatabases(tmp_path)
     config = databases.create(1000)

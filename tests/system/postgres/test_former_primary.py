@@ -17,6 +17,8 @@ from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 
+pytestmark = pytest.mark.extended
+
 
 @contextmanager
 def two_servers() -> Iterator[tuple[Cluster, Cluster, str]]:

@@ -234,6 +234,7 @@ def test_a_connection_lost_during_commit_is_503(
             check_log(server)
 
 
+@pytest.mark.extended
 def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str, tmp_path: Path) -> None:
     """As on SQLite, the clock jumps during requests, often to just before a lease ends."""
     clock = HandClock(tmp_path / "clock", create=True)
