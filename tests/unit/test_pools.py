@@ -25,7 +25,7 @@ from tokenauth.pools import MAX_COUNT, Pools, Waits, check_name
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
-from tokenauth.web.routes.pools import _list_cursor, _show_list_cursor
+from tokenauth.web.routes.pools import _format_list_cursor, _parse_list_cursor
 
 POOL = Pool("p", lease_ttl=60, token_ttl=240, capacity=5)
 ROOMY = Pool("roomy", lease_ttl=60, token_ttl=240)
@@ -341,7 +341,7 @@ async def test_pages_have_each_lease_and_place_once(
                 patch.setattr(f"tokenauth.pools.{limit}", size)
                 leases, places, following = await pools.list_leases_and_places(ANN)
                 while following is not None:
-                    cursor = _list_cursor(_show_list_cursor(following))
+                    cursor = _parse_list_cursor(_format_list_cursor(following))
                     assert cursor == following
                     page = await pools.list_leases_and_places(ANN, cursor)
                     leases, places, following = [*leases, *page.leases], [*places, *page.places], page.following

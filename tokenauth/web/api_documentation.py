@@ -730,7 +730,8 @@ POOLS = Section(
                 body_required=False,
                 example={"holder": "build-7"},
                 answers=[
-                    Answer(201, "The lease, or with `count` the leases.", pools.LeasesAnswer, _LEASE),
+                    Answer(201, "The lease.", pools.LeaseAnswer, _LEASE),
+                    Answer(201, "With `count`: the leases.", pools.LeasesAnswer, {"leases": [_LEASE]}),
                     Answer(
                         202,
                         "The request waits, and its place is kept.",

@@ -87,8 +87,8 @@ class RevokedAnswer(msgspec.Struct):
     revoked: int
 
 
-_issue = msgspec.json.Decoder(IssueNamedRequest)
-_rotate = msgspec.json.Decoder(RotateRequest)
+_issue_decoder = msgspec.json.Decoder(IssueNamedRequest)
+_rotate_decoder = msgspec.json.Decoder(RotateRequest)
 
 
 class AccountRoutes:
@@ -122,31 +122,31 @@ class AccountRoutes:
             if request.query_value(name) is not None:
                 raise InvalidRequest(f"{name}: goes with ?user={EVERYONE} only.")
         listed = await self._tokens.list_live(_username(request), _kind(request, "all"))
-        return JSONResponse(ListedTokensAnswer([_show(token, request.token) for token in listed]))
+        return JSONResponse(ListedTokensAnswer([_token_answer(token, request.token) for token in listed]))
 
     async def _search(self, request: Request) -> Response:
         request.user.require_scope(ADMIN)
         text, after = request.query_value("search") or "", request.query_value("after") or ""
         limit = request.query_number("limit", PAGE, 1, LIST_LIMIT)
-        found, following = await self._tokens.search(text, _kind(request, "all"), _cursor(after), limit)
-        shown = [_show(token, request.token) for token in found]
+        found, following = await self._tokens.search(text, _kind(request, "all"), _parse_cursor(after), limit)
+        shown = [_token_answer(token, request.token) for token in found]
         return JSONResponse(ListedTokensAnswer(shown, following and f"{following[0]}-{following[1].hex()}"))
 
     async def issue(self, request: Request) -> Response:
         _check_unlimited(request.token)
-        body = await request.json_body(_issue)
+        body = await request.json_body(_issue_decoder)
         issued = await self._named_tokens.issue(
             request.user.username, body.name, body.scopes, body.ttl, _requester(request)
         )
-        return JSONResponse(_show_issued(issued), 201)
+        return JSONResponse(_issued_answer(issued), 201)
 
     async def rotate(self, request: Request) -> Response:
         _check_unlimited(request.token)
-        body = await request.json_body(_rotate, RotateRequest())
+        body = await request.json_body(_rotate_decoder, RotateRequest())
         issued = await self._named_tokens.rotate(
             request.path_params["id"], request.user.username, body.overlap, _requester(request)
         )
-        return JSONResponse(_show_issued(issued), 201)
+        return JSONResponse(_issued_answer(issued), 201)
 
     async def revoke_all(self, request: Request) -> Response:
         keep, kind = request.query_value("keep"), _kind(request, "login")
@@ -187,7 +187,7 @@ def _kind(request: Request, default: str) -> TokenKind | None:
     return _KINDS[kind]
 
 
-def _cursor(after: str) -> TokenCursor:
+def _parse_cursor(after: str) -> TokenCursor:
     """Parse where a page begins. Raises InvalidRequest."""
     if not after:
         return START_OF_TOKENS
@@ -206,13 +206,13 @@ def _username(request: Request) -> str:
     return canonical(named)
 
 
-def _show_issued(issued: IssuedToken) -> NamedTokenAnswer:
+def _issued_answer(issued: IssuedToken) -> NamedTokenAnswer:
     token = issued.token
     assert token.name is not None
     return NamedTokenAnswer(issued.value, token.id, token.name, token.scopes, token.expires_at)
 
 
-def _show(token: Token, current: Token) -> ListedTokenAnswer:
+def _token_answer(token: Token, current: Token) -> ListedTokenAnswer:
     return ListedTokenAnswer(
         id=token.id,
         user=token.username,

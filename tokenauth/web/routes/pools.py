@@ -141,17 +141,7 @@ class LeaseAnswer(msgspec.Struct, omit_defaults=True):
 
 
 class LeasesAnswer(msgspec.Struct, omit_defaults=True):
-    """The fields of a lease; with `count`, `leases` instead."""
-
-    token: str | msgspec.UnsetType = msgspec.UNSET
-    holder: str | msgspec.UnsetType = msgspec.UNSET
-    fence: int | msgspec.UnsetType = msgspec.UNSET
-    expiry_time: int | msgspec.UnsetType = msgspec.UNSET
-    expires_in: int | msgspec.UnsetType = msgspec.UNSET
-    max_expiry_time: int | msgspec.UnsetType = msgspec.UNSET
-    name: str | msgspec.UnsetType = msgspec.UNSET
-    labels: Sequence[str] | msgspec.UnsetType = msgspec.UNSET
-    leases: list[LeaseAnswer] | msgspec.UnsetType = msgspec.UNSET
+    leases: list[LeaseAnswer]
     request: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -222,11 +212,11 @@ class GeneratedAnswer(msgspec.Struct):
     tokens: list[str]
 
 
-_generate = msgspec.json.Decoder(GenerateRequest)
-_assign = msgspec.json.Decoder(AssignRequest)
-_keep_alive = msgspec.json.Decoder(KeepAliveRequest)
-_release = msgspec.json.Decoder(ReleaseRequest)
-_reserve = msgspec.json.Decoder(ReserveRequest)
+_generate_decoder = msgspec.json.Decoder(GenerateRequest)
+_assign_decoder = msgspec.json.Decoder(AssignRequest)
+_keep_alive_decoder = msgspec.json.Decoder(KeepAliveRequest)
+_release_decoder = msgspec.json.Decoder(ReleaseRequest)
+_reserve_decoder = msgspec.json.Decoder(ReserveRequest)
 _EMPTY_ASSIGN, _EMPTY_KEEP_ALIVE, _EMPTY_RELEASE = AssignRequest(), KeepAliveRequest(), ReleaseRequest()
 
 
@@ -267,69 +257,73 @@ class PoolRoutes:
 
     async def list(self, request: Request) -> Response:
         return JSONResponse(
-            PoolsAnswer([await self._count(pool, request.user) for pool in self._pools.usable_by(request.user)])
+            PoolsAnswer([await self._pool_answer(pool, request.user) for pool in self._pools.usable_by(request.user)])
         )
 
     async def mine(self, request: Request) -> Response:
-        after = _list_cursor(request.query_value("after") or "")
+        after = _parse_list_cursor(request.query_value("after") or "")
         leases, places, following = await self._pools.list_leases_and_places(request.user, after)
         return JSONResponse(
             MyLeasesAnswer(
-                [_my_lease(pool, token) for pool, token in leases],
-                [_my_place(*each) for each in places],
-                following and _show_list_cursor(following),
+                [_my_lease_answer(pool, token) for pool, token in leases],
+                [_my_place_answer(*each) for each in places],
+                following and _format_list_cursor(following),
             )
         )
 
     async def show(self, request: Request) -> Response:
-        pool, user = self._pool(request), request.user
+        pool, user = self._find_pool(request), request.user
         limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
         after = request.query_value("after") or ""
-        read = self._members if pool.members else self._all if pool.managed_by(user) else self._leases
-        page, following = await read(pool, after, limit)
-        counted = await self._count(pool, user)
-        shown = [self._show(pool, token, user) for token in page]
+        if pool.members:
+            page, following = await self._page_of_members(pool, after, limit)
+        elif pool.managed_by(user):
+            page, following = await self._page_of_tokens(pool, after, limit)
+        else:
+            page, following = await self._page_of_leases(pool, after, limit)
+        counted = await self._pool_answer(pool, user)
+        shown = [self._token_answer(pool, token, user) for token in page]
         return JSONResponse(PoolPageAnswer(**msgspec.structs.asdict(counted), tokens=shown, next=following))
 
     async def generate(self, request: Request) -> Response:
-        pool = self._managed(request)
-        body = await request.json_body(_generate, empty=GenerateRequest())
+        pool = self._find_managed(request)
+        body = await request.json_body(_generate_decoder, empty=GenerateRequest())
         request.raise_if_disconnected()
         return JSONResponse(
             GeneratedAnswer([*await self._pools.generate(pool, body.count, request.user.username)]), 201
         )
 
     async def show_token(self, request: Request) -> Response:
-        pool = self._pool(request)
+        pool = self._find_pool(request)
         token = await self._pools.get(pool, request.path_params["token"])
-        shown = self._show(pool, token, request.user)
+        shown = self._token_answer(pool, token, request.user)
         shown.token, shown.fence = token.value, token.fence  # the caller knows the value
         return JSONResponse(shown)
 
     async def delete(self, request: Request) -> Response:
-        await self._pools.delete(self._managed(request), request.path_params["token"], request.user.username)
+        await self._pools.delete(self._find_managed(request), request.path_params["token"], request.user.username)
         return NO_CONTENT
 
     async def assign(self, request: Request) -> Response:
-        pool = self._pool(request)
-        body = await request.json_body(_assign, empty=_EMPTY_ASSIGN)
+        pool = self._find_pool(request)
+        body = await request.json_body(_assign_decoder, empty=_EMPTY_ASSIGN)
         username = request.user.username
         holder = username if body.holder is None else check_label(body.holder)
         request.raise_if_disconnected()
         if body.is_plain:
             leased = await self._pools.assign(pool, holder, username, body.ttl, body.labels)
-            return _lease(pool, leased, self._pools.now, 201)
+            return _lease_response(pool, leased, self._pools.now, 201)
         id = None if body.request is None else check_label(body.request, "request", MAX_ID)
         count = 1 if body.count is None else body.count
         terms = LeaseTerms(holder, id, body.wait, count, body.priority, body.ttl, tuple(sorted({*body.labels})))
         answer = await self._pools.lease(pool, request.user, terms, request.disconnect_check)
         if isinstance(answer, Waits):
-            # who was held asks again at once, which is to be held again
+            # a request with `wait` was held open, and is held open again when it is repeated
             retry_after = 0 if body.wait else 1
             return JSONResponse(
                 WaitsAnswer(answer.id, *answer.place, retry_after), 202, [(b"retry-after", b"%d" % retry_after)]
             )
-        leases = [_leased(pool, token, self._pools.now, new=bool(answer.before)) for token in answer.tokens]
+        leases = [_lease_answer(pool, token, self._pools.now, new=bool(answer.before)) for token in answer.tokens]
         sent = answer.request.id if body.wait is not None or id is not None else msgspec.UNSET
         if body.count is not None:
             return JSONResponse(LeasesAnswer(leases=leases, request=sent), 201)
@@ -337,7 +331,7 @@ class PoolRoutes:
         return JSONResponse(leases[0], 201)
 
     async def show_line(self, request: Request) -> Response:
-        pool, user = self._pool(request), request.user
+        pool, user = self._find_pool(request), request.user
         limit = request.query_number("limit", PAGE, 1, MAX_COUNT)
         waiting, found = await self._pools.list_requests(pool, limit)
         shown = [
@@ -350,26 +344,26 @@ class PoolRoutes:
         return JSONResponse(LineAnswer(waiting, shown))
 
     async def leave_line(self, request: Request) -> Response:
-        pool, user = self._pool(request), request.query_value("user")
+        pool, user = self._find_pool(request), request.query_value("user")
         if user not in {None, request.user.username}:
-            self._managed(request)
+            self._find_managed(request)
         await self._pools.leave_line(pool, user or request.user.username, request.path_params["request"])
         return NO_CONTENT
 
     async def keep_alive(self, request: Request) -> Response:
-        pool = self._pool(request)
-        body = await request.json_body(_keep_alive, empty=_EMPTY_KEEP_ALIVE)
+        pool = self._find_pool(request)
+        body = await request.json_body(_keep_alive_decoder, empty=_EMPTY_KEEP_ALIVE)
         check = LeaseCheck(body.holder, body.fence, request.user.username)
         kept = await self._pools.keep_alive(pool, request.path_params["token"], check)
-        return _lease(pool, kept, self._pools.now)
+        return _lease_response(pool, kept, self._pools.now)
 
     async def release(self, request: Request) -> Response:
-        pool, token = self._pool(request), request.path_params["token"]
+        pool, token = self._find_pool(request), request.path_params["token"]
         username = request.user.username
         if force := request.query_flag("force"):
-            self._managed(request)
+            self._find_managed(request)
         take = request.query_flag("take")
-        body = await request.json_body(_release, empty=_EMPTY_RELEASE)
+        body = await request.json_body(_release_decoder, empty=_EMPTY_RELEASE)
         if not force:
             if take or body.reason is not None:
                 raise InvalidRequest(f"{'take' if take else 'reason'}: goes with ?force=true only.")
@@ -380,48 +374,48 @@ class PoolRoutes:
         if take:
             request.raise_if_disconnected()
             taken = await self._pools.take_over(pool, token, username, username, check, reason)
-            return _lease(pool, taken, self._pools.now)
+            return _lease_response(pool, taken, self._pools.now)
         await self._pools.force_release(pool, token, check, username, reason)
         return NO_CONTENT
 
     async def reserve(self, request: Request) -> Response:
-        pool, by = self._managed(request), request.user.username
+        pool, by = self._find_managed(request), request.user.username
         replace = request.query_flag("force")
-        body = await request.json_body(_reserve)
+        body = await request.json_body(_reserve_decoder)
         note = "" if body.note is None else check_label(body.note, "note")
         user = None if body.user is None else canonical(check_label(body.user, "for"))
         name = request.path_params["name"]
         token = await self._pools.reserve(pool, name, body.until, user, note, by, replace)
-        return JSONResponse(self._show(pool, token, request.user))
+        return JSONResponse(self._token_answer(pool, token, request.user))
 
     async def unreserve(self, request: Request) -> Response:
-        pool = self._managed(request)
+        pool = self._find_managed(request)
         await self._pools.unreserve(pool, request.path_params["name"], request.user.username)
         return NO_CONTENT
 
-    def _pool(self, request: Request) -> Pool:
+    def _find_pool(self, request: Request) -> Pool:
         return self._pools.find(request.path_params["pool"], request.user)
 
-    def _managed(self, request: Request) -> Pool:
+    def _find_managed(self, request: Request) -> Pool:
         return self._pools.find_managed(request.path_params["pool"], request.user)
 
-    async def _all(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+    async def _page_of_tokens(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of all tokens, ordered by value, and where the next page begins."""
         found = await self._pools.list_tokens(pool, after, limit + 1)
         return found[:limit], found[limit - 1].value if len(found) > limit else None
 
-    async def _leases(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+    async def _page_of_leases(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of the leased tokens, and where the next page begins, which reveals no value."""
-        found = await self._pools.list_leases(pool, _cursor(after), limit + 1)
-        following = _show_cursor(found[limit - 1][0]) if len(found) > limit else None
+        found = await self._pools.list_leases(pool, _parse_cursor(after), limit + 1)
+        following = _format_cursor(found[limit - 1][0]) if len(found) > limit else None
         return [token for _, token in found[:limit]], following
 
-    async def _members(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
+    async def _page_of_members(self, pool: Pool, after: str, limit: int) -> tuple[Sequence[PoolToken], str | None]:
         """Return a page of the members, ordered by name, and where the next page begins."""
         found = [token for token in await self._pools.members(pool) if (token.member or "") > after]
         return found[:limit], found[limit - 1].member if len(found) > limit else None
 
-    async def _count(self, pool: Pool, user: Identity) -> PoolAnswer:
+    async def _pool_answer(self, pool: Pool, user: Identity) -> PoolAnswer:
         line = await self._pools.count_waiting(pool), pool.managed_by(user)
         if pool.members:
             available, leased, reserved = pool.count(await self._pools.members(pool), self._pools.now())
@@ -429,7 +423,7 @@ class PoolRoutes:
         available, leased = await self._pools.count(pool)
         return PoolAnswer(pool.name, pool.capacity, available, leased, *line)
 
-    def _show(self, pool: Pool, token: PoolToken, user: Identity) -> PoolTokenAnswer:
+    def _token_answer(self, pool: Pool, token: PoolToken, user: Identity) -> PoolTokenAnswer:
         expires_at = pool.expires_at(token)
         now = self._pools.now()
         lease = token.lease(now)
@@ -437,12 +431,9 @@ class PoolRoutes:
         if pool.managed_by(user) or (lease is not None and token.username == user.username):
             shown.token = token.value
         if lease is not None:
-            shown.user, shown.holder, shown.lease_expiry_time = token.username, lease.holder, int(lease.until)
-            shown.fence, latest = token.fence, pool.lease_ends_by(token)
-            if token.leased_at is not None:
-                shown.leased_at = int(token.leased_at)
-            if latest is not None:
-                shown.max_expiry_time = int(latest)
+            shown.user, shown.holder, shown.fence = token.username, lease.holder, token.fence
+            shown.leased_at, shown.lease_expiry_time = _seconds(token.leased_at), int(lease.until)
+            shown.max_expiry_time = _seconds(pool.lease_ends_by(token))
         if token.member is not None and pool.members:
             shown.name, shown.labels, shown.note = _member(pool, token.member)
             reservation = pool.reservation(token, now)
@@ -452,7 +443,7 @@ class PoolRoutes:
         return shown
 
 
-def _cursor(after: str) -> LeaseCursor:
+def _parse_cursor(after: str) -> LeaseCursor:
     """Parse where a page of leases begins. Raises InvalidRequest."""
     if not after:
         return START_OF_LEASES
@@ -460,29 +451,29 @@ def _cursor(after: str) -> LeaseCursor:
     return float(place[1]), int(place[2])
 
 
-def _show_cursor(cursor: LeaseCursor | PlaceCursor) -> str:
+def _format_cursor(cursor: LeaseCursor | PlaceCursor) -> str:
     return "{!r}-{}".format(*cursor)
 
 
-def _list_cursor(after: str) -> ListCursor | None:
+def _parse_list_cursor(after: str) -> ListCursor | None:
     """Parse where a page of what a user has leased begins. Raises InvalidRequest."""
     if not after:
         return None
     place = match_cursor(_LIST_CURSOR, after)
     kind: ListKind = "leases" if place[1] == "leases" else "places"
-    return ListCursor(kind, place[5], _cursor(place[2]) if place[2] else STARTS[kind])
+    return ListCursor(kind, place[5], _parse_cursor(place[2]) if place[2] else STARTS[kind])
 
 
-def _show_list_cursor(cursor: ListCursor) -> str:
-    numbers = "" if cursor.cursor == STARTS[cursor.kind] else _show_cursor(cursor.cursor)
+def _format_list_cursor(cursor: ListCursor) -> str:
+    numbers = "" if cursor.cursor == STARTS[cursor.kind] else _format_cursor(cursor.cursor)
     return f"{cursor.kind}-{numbers}-{cursor.pool}"
 
 
-def _lease(pool: Pool, token: PoolToken, now: Clock, status: int = 200) -> Response:
-    return JSONResponse(_leased(pool, token, now), status)
+def _lease_response(pool: Pool, token: PoolToken, now: Clock, status: int = 200) -> Response:
+    return JSONResponse(_lease_answer(pool, token, now), status)
 
 
-def _leased(pool: Pool, token: PoolToken, now: Clock, new: bool = True) -> LeaseAnswer:
+def _lease_answer(pool: Pool, token: PoolToken, now: Clock, new: bool = True) -> LeaseAnswer:
     """Show a lease. `new`: it was just granted or extended. `expires_in` is for clients whose clock may be wrong."""
     expires_in = pool.lease_ttl if token.lease_ttl is None else token.lease_ttl
     latest = pool.lease_ends_by(token)
@@ -490,32 +481,28 @@ def _leased(pool: Pool, token: PoolToken, now: Clock, new: bool = True) -> Lease
         expires_in = max(0, token.free_at - now())
     elif latest is not None:
         expires_in = max(0, min(expires_in, latest - now()))
-    shown = LeaseAnswer(token.value, token.holder or "", token.fence, int(token.free_at), int(expires_in))
-    if latest is not None:
-        shown.max_expiry_time = int(latest)
+    shown = LeaseAnswer(
+        token.value, token.holder or "", token.fence, int(token.free_at), int(expires_in), _seconds(latest)
+    )
     if token.member is not None and pool.members:
         shown.name, shown.labels, _ = _member(pool, token.member)
     return shown
 
 
-def _my_lease(pool: Pool, token: PoolToken) -> MyLeaseAnswer:
-    latest = pool.lease_ends_by(token)
-    shown = MyLeaseAnswer(
+def _my_lease_answer(pool: Pool, token: PoolToken) -> MyLeaseAnswer:
+    return MyLeaseAnswer(
         pool=pool.name,
         token=token.value,
         holder=token.holder or "",
         fence=token.fence,
         leased_at=None if token.leased_at is None else int(token.leased_at),
         lease_expiry_time=int(token.free_at),
+        max_expiry_time=_seconds(pool.lease_ends_by(token)),
+        name=token.member if token.member is not None and pool.members else msgspec.UNSET,
     )
-    if latest is not None:
-        shown.max_expiry_time = int(latest)
-    if token.member is not None and pool.members:
-        shown.name = token.member
-    return shown
 
 
-def _my_place(pool: Pool, request: LeaseRequest, place: Place) -> MyPlaceAnswer:
+def _my_place_answer(pool: Pool, request: LeaseRequest, place: Place) -> MyPlaceAnswer:
     return MyPlaceAnswer(
         pool=pool.name,
         request=request.id,
@@ -525,6 +512,11 @@ def _my_place(pool: Pool, request: LeaseRequest, place: Place) -> MyPlaceAnswer:
         holder=request.holder,
         count=request.count,
     )
+
+
+def _seconds(instant: float | None) -> int | msgspec.UnsetType:
+    """Return an instant in whole seconds; UNSET, which leaves the field out, for None."""
+    return msgspec.UNSET if instant is None else int(instant)
 
 
 def _member(pool: Pool, name: str) -> Member:

@@ -52,7 +52,7 @@ class LogOutRequest(msgspec.Struct):
     token: str
 
 
-_credentials = msgspec.json.Decoder(LogInRequest)
+_log_in_decoder = msgspec.json.Decoder(LogInRequest)
 
 
 class CheckToken(Endpoint):
@@ -101,7 +101,7 @@ class TokenRoutes:
 
     async def log_in(self, request: Request) -> Response:
         self._hosts.check(request.scope)
-        body = await request.json_body(_credentials)
+        body = await request.json_body(_log_in_decoder)
         issued = await self._tokens.issue(
             body.username, body.password, request.client_address, request.user_agent, request.disconnect_check
         )
