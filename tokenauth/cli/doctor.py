@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import os
 import re
 import shutil
 import textwrap
@@ -26,7 +25,7 @@ from tokenauth.passwords import Passwords
 from tokenauth.risks import check_accepted, find_risks
 from tokenauth.settings import loader
 from tokenauth.settings.lines import find_line
-from tokenauth.settings.model import AuditSettings, ServerSettings, Settings, canonical
+from tokenauth.settings.model import AuditSettings, ServerSettings, Settings, available_cores, canonical
 
 _LOW_DISK = 200 << 20
 """Bytes. The -wal file of a busy database can grow to 64 MiB, and more while a backup reads."""
@@ -47,10 +46,13 @@ _SKEW = 2.0
 """Seconds by which the clocks of two machines may differ."""
 
 
+Status = Literal["ok", "warning", "error"]
+
+
 class Finding(NamedTuple):
     """What a check has found. `fix` is what to do; `line` is in the configuration."""
 
-    status: Literal["ok", "warning", "error"]
+    status: Status
     check: str
     text: str
     fix: str = ""
@@ -93,11 +95,16 @@ def _examine(path: Path) -> Iterator[Finding]:
         if not mistakes:
             settings = loader.parse(text)
         for mistake in mistakes:
-            problem, _, fix = mistake.partition("; ")
-            yield Finding("error", "configuration", problem, fix, _line(text, mistake))
+            yield _finding("error", "configuration", mistake, _line(text, mistake))
     if settings is not None:
         yield from _examine_settings(path, text, settings)
     yield from _examine_machine()
+
+
+def _finding(status: Status, check: str, text: str, line: int | None = None) -> Finding:
+    """Make a finding of a text that has the problem and, after a semicolon, what to do."""
+    problem, _, fix = text.partition("; ")
+    return Finding(status, check, problem, fix, line)
 
 
 def _line(text: str, mistake: str) -> int | None:
@@ -113,8 +120,7 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
         service = create_service(settings)
         find_routes(service)
     except ConfigError as error:
-        problem, _, fix = str(error).partition("; ")
-        yield Finding("error", "configuration", problem, fix, _line(text, str(error)))
+        yield _finding("error", "configuration", str(error), _line(text, str(error)))
         return
     users, pools = count(len(settings.users_by_name), "user"), count(len(settings.pools), "pool")
     if settings.users:
@@ -139,9 +145,8 @@ def _risks(path: Path, text: str, settings: Settings, passwords: Passwords) -> I
         refused = True
     for risk in risks:
         accepted = risk.name in settings.server.accept_risks
-        problem, _, fix = risk.text.partition("; ")
-        status: Literal["warning", "error"] = "error" if refused and not accepted else "warning"
-        yield Finding(status, f"risk {risk.name}", problem, fix, _risk_line(text, settings, risk.text))
+        status: Status = "error" if refused and not accepted else "warning"
+        yield _finding(status, f"risk {risk.name}", risk.text, _risk_line(text, settings, risk.text))
     if settings.exposure is not None:
         yield Finding("ok", "exposure", settings.exposure)
     else:
@@ -169,10 +174,9 @@ def _port(settings: ServerSettings, path: Path) -> Finding:
         check_address(settings)
         listen(settings).close()
     except (ConfigError, StartError) as error:
-        problem, _, fix = str(error).partition("; ")
         if settings.port and _is_tokenauth(settings):
             return _running("port", f"tokenauth serves on {where}", settings)
-        return Finding("error", "port", problem, fix)
+        return _finding("error", "port", str(error))
     return _free("port", where, path)
 
 
@@ -184,14 +188,14 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
         pair = tls.read(settings)
         assert pair is not None
     except ConfigError as error:
-        problem, _, fix = str(error).partition("; ")
-        return Finding("error", "certificate", problem, fix, _line(text, problem))
+        return _finding("error", "certificate", str(error), _line(text, str(error)))
     found, line, fix = tls.Validity(pair), find_line(text, "server.tls_certificate"), "renew it, then reload"
     if found.until is None:
         return Finding("error", "certificate", f"clients refuse it: {found.problem}", fix, line)
-    soon = found.until.timestamp() - time.time() < _RENEWAL
-    names = f"{', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
-    return Finding("warning" if soon else "ok", "certificate", f"it is for {names}", fix * soon, line if soon else None)
+    names = f"it is for {', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
+    if found.until.timestamp() - time.time() < _RENEWAL:
+        return Finding("warning", "certificate", names, fix, line)
+    return Finding("ok", "certificate", names)
 
 
 def _socket(settings: ServerSettings, path: Path) -> Finding:
@@ -203,8 +207,7 @@ def _socket(settings: ServerSettings, path: Path) -> Finding:
         unix_socket.check(settings.socket)
         served = unix_socket.is_served(settings.socket)
     except (ConfigError, StartError) as error:
-        problem, _, fix = str(error).partition("; ")
-        return Finding("error", "socket", problem, fix)
+        return _finding("error", "socket", str(error))
     if not served:
         return _free("socket", settings.socket, path)
     if _is_tokenauth(settings):
@@ -240,8 +243,7 @@ def _is_tokenauth(settings: ServerSettings) -> bool:
 def _audit(settings: AuditSettings) -> Iterator[Finding]:
     problem = audit_log.find_problem(settings)
     if problem is not None:
-        text, _, fix = problem.partition("; ")
-        yield Finding("warning", "audit log", text, fix)
+        yield _finding("warning", "audit log", problem)
     elif settings.file:
         yield Finding("ok", "audit log", f"{settings.file} is writable")
 
@@ -253,8 +255,7 @@ def _database(settings: Settings, path: Path) -> Iterator[Finding]:
         check_files(settings.database)
         report = asyncio.run(examine(settings.database))
     except ConfigError as error:
-        problem, _, fix = str(error).partition("; ")
-        yield Finding("error", "database", problem, fix)
+        yield _finding("error", "database", str(error))
         return
     disk = _disk(Path(report.name).parent) if settings.database.url.startswith("sqlite") else None
     full = disk is not None and disk.status == "error"
@@ -281,7 +282,7 @@ def _disk(directory: Path) -> Finding:
         if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:  # a running server needs no new files
             return Finding("error", "disk", f"{text}, but none can be written: {error.strerror}", fix)
     low = free < _LOW_DISK
-    return Finding("warning" if low else "ok", "disk", text, fix * low)
+    return Finding("warning" if low else "ok", "disk", text, fix if low else "")
 
 
 def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Finding:
@@ -292,8 +293,7 @@ def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Find
     if find_servers(path) if AVAILABLE else _is_tokenauth(server):
         return Finding("error", "database", f"{report.name} is missing while a server uses it", PUT_DATABASE_BACK)
     if report.problem is not None:
-        problem, _, fix = report.problem.partition("; ")
-        return Finding("error", "database", problem, fix)
+        return _finding("error", "database", report.problem)
     return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
 
 
@@ -336,14 +336,14 @@ def _login(settings: Settings, passwords: Passwords) -> Iterator[Finding]:
     """Measure what a login costs, with the settings for new hashes."""
     seconds = min(_seconds_to_hash(passwords) for _ in range(3))
     threads = settings.passwords.thread_count * settings.server.workers
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, threads)
+    cores = min(available_cores(), threads)
     memory = settings.passwords.memory_kib / 1024
     text = (
         f"a password takes {seconds * 1000:.0f} ms of a core and {memory:.0f} MiB to check: about"
         f" {cores / seconds:,.0f} logins a second on {count(cores, 'core')}"
     )
     slow = seconds > 1
-    yield Finding("warning" if slow else "ok", "login", text, "lower passwords.memory_kib or time_cost" * slow)
+    yield Finding("warning" if slow else "ok", "login", text, "lower passwords.memory_kib or time_cost" if slow else "")
 
 
 def _seconds_to_hash(passwords: Passwords) -> float:
@@ -358,8 +358,9 @@ def _examine_machine() -> Iterator[Finding]:
     file_descriptors.raise_limit()
     limit = file_descriptors.limit()
     low = limit < _LOW_LIMIT
+    fix = "raise it: LimitNOFILE=65536 in systemd" if low else ""
     text = f"{limit:,} are allowed, so each worker keeps at most {limit - file_descriptors.reserve():,} connections"
-    yield Finding("warning" if low else "ok", "open files", text, "raise it: LimitNOFILE=65536 in systemd" * low)
+    yield Finding("warning" if low else "ok", "open files", text, fix)
     version = uvicorn_version()
     if version.startswith(KNOWN_UVICORN):
         yield Finding("ok", "uvicorn", f"{version} is a release that this one was tested with")

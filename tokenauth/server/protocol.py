@@ -55,11 +55,7 @@ _MAX_ORIGIN = 512
 _FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
 _BLANK_LINE = b"\r\n\r\n"
-_BLANK, _SLASH = b" /"
-
-
-class _BadHead(Exception):
-    """The parser accepts a head that this server refuses."""
+_BLANK, _SLASH = ord(" "), ord("/")
 
 
 _SECURITY_HEADERS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
@@ -95,6 +91,10 @@ _ORIGIN = re.compile(rb"(?:^|\n)origin:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECA
 _TARGET = re.compile(rb"[^ \r\n]+ +([^ ?#\r\n]*)[ ?#\r\n]")
 _USER = re.compile(rb"[^/?]*//[^/?]*@")
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::\d*)?", re.ASCII)
+
+
+class _BadHead(Exception):
+    """The parser accepts a head that this server refuses."""
 
 
 class _Flow(FlowControl):
@@ -437,11 +437,11 @@ class BoundedProtocol(HttpToolsProtocol):
         except (HttpParserError, _BadHead, MemoryError) as error:
             # an error of a callback is the context of the parser's own error
             no_memory = isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError)
-            in_body = self.cycle is not None and self.cycle.more_body and "method" in self.scope
+            in_body = self.cycle is not None and self.cycle.more_body and not self._in_head()
             target = self.url if in_body else _target(self._line)
             self._refuse(_OUT_OF_MEMORY if no_memory else _BAD_REQUEST, target, data)
             return
-        if self.scope is not None and "method" not in self.scope:
+        if self._in_head():
             if self._head_limit.exceeded(self.scope, data):
                 self._refuse(_HEAD_TOO_LARGE, self.url, data)
         elif self._between_chunks:
@@ -705,7 +705,7 @@ class _FindOrigin(_Discard):
         super().feed_data(data)
         text = self._tail + data
         match = _ORIGIN.search(text)
-        if match is not None or b"\r\n\r\n" in text:
+        if match is not None or _BLANK_LINE in text:
             self._answer(None if match is None else match[1])
         self._tail = text[-_MAX_ORIGIN:]
 
@@ -728,14 +728,10 @@ def _target(head: bytes) -> bytes:
     if found is None:
         return b""
     try:
-        httptools.HttpRequestParser(_Nothing()).feed_data(found[0])
+        httptools.HttpRequestParser(object()).feed_data(found[0])  # without callbacks
     except HttpParserError:
         return b""
     return found[1]
-
-
-class _Nothing:
-    """Callbacks of a parser whose findings do not matter."""
 
 
 def _path(target: bytes) -> str:

@@ -143,7 +143,7 @@ class _Worker:
         self.database: str | None = None
         self.killed = False
         self.alone = False
-        self.ended = False
+        self.channel_closed = False
         self._stderr = b""
         here, there = socket.socketpair()
         self.stderr, stderr_end = -1, -1
@@ -287,12 +287,11 @@ class Supervisor:
         totals: Totals,
         controls: Sequence[Control] = (),
     ) -> None:
-        """Serve a configuration, which was read from `file`, on the listener. At SIGHUP, read it again.
+        """Serve a configuration, which was read from `file`, on the listener. Raises OSError.
 
-        So it does when a command asks for that, and with `reload = "watch"` when a file has changed. But the SIGHUP
-        that is sent because the terminal was closed ends it.
+        SIGHUP has the file read again. So does a command, and with `reload = "watch"` a change of a file. The SIGHUP of
+        a terminal that was closed stops the server instead.
         `totals` gets what the workers count, for metrics and for /api/status. Commands arrive at the `controls`.
-        Raises OSError.
         """
         self.greeting = ""
         """A text for people, shown once a worker serves."""
@@ -318,7 +317,7 @@ class Supervisor:
         self._replacing: _Reload | None = None
         self._replace_deadline = math.inf
         self._commands: Sequence[Command] = ()
-        self._requested: str | None = None
+        self._reload_cause: str | None = None
         self._retiring: set[_Worker] = set()
         self._held = HeldRevocations()
         self._updates: list[tuple[RevocationUpdate, _Worker]] = []
@@ -376,8 +375,9 @@ class Supervisor:
         self._ready = []
         if self._step_failed:
             self._step_failed = False
-            with suppress(OSError):
-                _wait_for(self._signals, _MIN_DELAY)
+            with suppress(OSError), selectors.PollSelector() as selector:
+                selector.register(self._signals, selectors.EVENT_READ)
+                selector.select(_MIN_DELAY)
         now = time.monotonic()
         due = min([now + _MAX_WAIT, *(slot.due for slot in self._vacant())])
         self._ready = self._selector.select(max(0.0, due - now))
@@ -404,7 +404,7 @@ class Supervisor:
                 if self._terminal.hung_up():
                     self._stop(number.name)
                 else:
-                    self._requested = "signal"
+                    self._reload_cause = "signal"
 
     def _receive(self) -> None:
         """Read reports of the workers, and send orders that are still pending."""
@@ -434,7 +434,7 @@ class Supervisor:
             _answer(commands, self._totals.list_throttled())
         elif commands:
             self._commands = [*self._commands, *commands]
-            self._requested = "command"
+            self._reload_cause = "command"
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
@@ -442,7 +442,7 @@ class Supervisor:
         except EOFError:  # it is ending
             with suppress(KeyError):  # this was noticed before
                 self._selector.unregister(worker.channel)
-            self._applied_all(worker)
+            self._note_channel_closed(worker)
             return
         if not reports:
             return
@@ -512,8 +512,8 @@ class Supervisor:
             others = [worker for worker in self._workers() if worker is not source]
             order = replace(update, written=[], number=0)
             waiting: set[_Worker] = set()
-            if update.number and not source.ended:
-                waiting = {worker for worker in others if worker.reported and not worker.ended}
+            if update.number and not source.channel_closed:
+                waiting = {worker for worker in others if worker.reported and not worker.channel_closed}
                 if waiting:
                     self._passed += 1
                     self._passing[self._passed] = _Passing(source, update.number, waiting)
@@ -532,9 +532,9 @@ class Supervisor:
                 del self._passing[number]
                 self._send([passing.source], Applied(passing.number))
 
-    def _applied_all(self, worker: _Worker) -> None:
-        """Wait for nothing more from a worker that is ending: it has closed its channel, so it answers no request."""
-        worker.ended = True
+    def _note_channel_closed(self, worker: _Worker) -> None:
+        """Note that a worker has closed its channel: it answers no more requests, so it has no update to apply."""
+        worker.channel_closed = True
         for number, passing in list(self._passing.items()):
             if passing.source is worker:
                 del self._passing[number]
@@ -580,7 +580,7 @@ class Supervisor:
         if self._reload is not None:
             self._reload.heartbeats += 1
         elif self._settings.server.reload == "watch" and self._file.changed():
-            self._requested = self._requested or "watch"
+            self._reload_cause = self._reload_cause or "watch"
         for worker in self._workers():
             worker.silent_heartbeats += 1
             if worker.silent_heartbeats > _TIMEOUT and not worker.killed:
@@ -594,7 +594,7 @@ class Supervisor:
             if code is not None:
                 self._forget(worker)
                 self._totals.end(worker.pid)
-                self._ended(worker, code)
+                self._note_exit(worker, code)
                 self._pass_on()  # its last reports
 
     def _forget(self, worker: _Worker) -> None:
@@ -606,10 +606,10 @@ class Supervisor:
         self._close_stderr(worker)
         with suppress(KeyError):
             self._selector.unregister(worker.channel)
-        self._applied_all(worker)
+        self._note_channel_closed(worker)
         worker.channel.close()
 
-    def _ended(self, worker: _Worker, code: int) -> None:
+    def _note_exit(self, worker: _Worker, code: int) -> None:
         served_seconds = time.monotonic() - worker.started_at if worker.ready else 0.0
         ending = (self._stopping and self._exit_code != START_FAILED) or worker in self._retiring
         if ending and code and (worker.failure is not None or not worker.killed):
@@ -695,12 +695,13 @@ class Supervisor:
     def _begin_reload(self) -> None:
         """Read the configuration and start workers for it. The current workers get its users at once.
 
-        Only one that is not in use yet is replaced by a later one: what was said of the others is true.
+        A reload whose workers are not ready yet is dropped for a later one. One that is replacing workers is finished
+        first, so that its commands get an answer that is true.
         """
-        cause = self._requested
+        cause = self._reload_cause
         if cause is None or self._stopping or self._replacing is not None:
             return
-        self._requested = None
+        self._reload_cause = None
         self._manager.reloading()
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
@@ -787,7 +788,7 @@ class Supervisor:
         reload = self._replacing
         if reload is None:
             return
-        busy = [worker.pid for worker in self._retiring if not worker.drained and not worker.ended]
+        busy = [worker.pid for worker in self._retiring if not worker.drained and not worker.channel_closed]
         if busy and not self._stopping and time.monotonic() < self._replace_deadline:
             return
         self._replacing = None
@@ -857,9 +858,3 @@ class Supervisor:
 def _answer(commands: Iterable[Command], answer: ReloadAnswer | Sequence[Throttled]) -> None:
     for command in commands:
         command.answer(answer)
-
-
-def _wait_for(signals: Signals, seconds: float) -> None:
-    with selectors.PollSelector() as selector:
-        selector.register(signals, selectors.EVENT_READ)
-        selector.select(seconds)

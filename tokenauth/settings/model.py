@@ -177,10 +177,10 @@ class PasswordSettings(Table, frozen=True):
     @property
     def thread_count(self) -> int:
         """The number of threads that hash. The setting 0 means one per core."""
-        return self.threads or _cores()
+        return self.threads or available_cores()
 
 
-def _cores() -> int:
+def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; macOS does not limit a process to some cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
