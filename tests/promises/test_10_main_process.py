@@ -119,6 +119,18 @@ def test_a_signal_during_the_start_ends_it_at_once(tmp_path: Path, number: int) 
         assert session_of(broken.server.process.pid) == []
 
 
+def test_a_reload_that_cannot_end_hinders_no_stop(tmp_path: Path) -> None:
+    patch = (
+        "import tokenauth.server.supervisor as s; step = s.Supervisor._finish_reload; "
+        "s.Supervisor._finish_reload = lambda self: 1 / 0 if self._stopping else step(self)"
+    )
+    with breakable(write_config(tmp_path), patch=patch) as broken:
+        broken.ready(1)
+        assert broken.server.stop() == 0
+        assert broken.server.events("main_process_failed")
+        assert broken.server.events("stopped")
+
+
 def test_a_reload_at_the_very_start_is_ignored() -> None:
     """SIGHUP is ignored before the slow imports begin."""
     script = (

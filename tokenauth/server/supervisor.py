@@ -812,9 +812,14 @@ class Supervisor:
         self._stop_worker(worker)
 
     def _stop(self, signal_name: str | None) -> None:
-        """Stop listening and stop the workers."""
+        """Stop listening and stop the workers, also if the end of a reload cannot be said."""
         self._stopping = True
-        self._finish_reload()
+        try:
+            self._finish_reload()
+        finally:
+            self._stop_serving(signal_name)
+
+    def _stop_serving(self, signal_name: str | None) -> None:
         for control in self._controls:
             self._selector.unregister(control)
             control.close()

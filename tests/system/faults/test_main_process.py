@@ -53,7 +53,9 @@ def test_a_step_that_fails_ends_nothing(tmp_path: Path, step: str) -> None:
         until(lambda: len(server.events("reloaded")) == 1, "it is reloaded")
         (broken.here / "3").touch()
         assert server.stop() == 0
-        assert {event["step"] for event in server.events("main_process_failed")} == {step}
+        failed = {event["step"] for event in server.events("main_process_failed")}
+        also = {"handle_signals"} if step == "finish_reload" else set[str]()  # a signal to stop finishes a reload
+        assert failed - also == {step}
         assert traceback_lines(server) == []
 
 
