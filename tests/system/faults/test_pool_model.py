@@ -1,7 +1,6 @@
 """A long run of tests/contract/test_pool_model.py."""
 
 import pytest
-from hypothesis import Phase
 
 from tests.contract.conftest import STORES, Templates, templates
 from tests.contract.test_pool_model import hold_to_the_model
@@ -13,4 +12,4 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.parametrize("name", STORES)
 def test_the_pool_model_holds_in_a_long_run(templates: Templates, name: str) -> None:
-    hold_to_the_model(templates, name, 100, 120, Phase.shrink)
+    hold_to_the_model(templates, name, 100, 120)
