@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from time import monotonic
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 from tests.support.history import HandTime, History
 from tests.support.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.support.servers import HandClock, Server, worker, write_config
+from tests.support.standstill import StandstillWatch
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - pytest and tempfile make private directories there
 
@@ -79,7 +81,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """Under xdist, report only what the summary needs: each report takes its main process as long as a short test."""
+    """Run a long fault test again if the machine stood still while it failed.
+
+    Under xdist, report only what the summary needs: each report takes its main process as long as a short test.
+    """
+    if item.get_closest_marker("faults") is not None:
+        _run_without_a_standstill(item, nextitem)
+        return True
     if not hasattr(item.config, "workerinput") or item.config.option.durations is not None:
         return None
     for report in runtestprotocol(item, log=False, nextitem=nextitem):
@@ -87,6 +95,28 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+_standstills: list[StandstillWatch] = []
+
+
+def _run_without_a_standstill(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if not _standstills:
+        _standstills.append(StandstillWatch())
+        _standstills[0].start()
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    began = monotonic()
+    reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    seconds = _standstills[0].seconds_since(began)
+    if seconds and any(report.failed for report in reports):
+        item.session._setupstate.teardown_exact(None)  # databases have the names of tests
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+        terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(f"The machine stood still for {seconds:.0f} s: {item.nodeid} has run again")
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
 
 
 @pytest.fixture(scope="session")
