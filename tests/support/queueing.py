@@ -68,6 +68,8 @@ class Line:
     told: dict[str, float] = field(default_factory=dict)
     """When a request was first told its place, by the clock of the system."""
     lost: list[str] = field(default_factory=list)
+    asks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """What became of each attempt to ask for a request."""
     over: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
 
@@ -100,21 +102,29 @@ class Line:
         terms = {"request": id, "wait": WAIT, "count": count}
         while True:
             sent = monotonic()
-            answer = self._until_answered("POST", f"/api/pools/{self.pool}/leases", terms, token)
+            answer = self._until_answered("POST", f"/api/pools/{self.pool}/leases", terms, token, self.asks[id])
             if answer.status != 202:
                 assert answer.status in {201, 409}, answer
                 return sent, answer
             with self.lock:
                 self.told.setdefault(id, time())
 
-    def _until_answered(self, method: str, path: str, document: object, token: str) -> Answer:
+    def _until_answered(
+        self, method: str, path: str, document: object, token: str, asks: list[str] | None = None
+    ) -> Answer:
         while True:
+            sent = time()
+            port = self.chance.choice(self.ports)
             try:
-                with Connection(self.chance.choice(self.ports), timeout=30) as connection:
+                with Connection(port, timeout=30) as connection:
                     answer = connection.ask(method, path, document, X_Token=token)
-            except (Refused, NoAnswer, Closed):
+            except (Refused, NoAnswer, Closed) as error:
+                if asks is not None:
+                    asks.append(f"{sent:.3f} +{time() - sent:.3f} {port} {error!r}")
                 self.over.wait(0.01)
                 continue
+            if asks is not None:
+                asks.append(f"{sent:.3f} +{time() - sent:.3f} {port} {answer.status}")
             if answer.status != 503:
                 return answer
             self.over.wait(0.05)
@@ -135,7 +145,8 @@ def check(line: Line, order: Sequence[tuple[str, float, str | None]], jobs: Sequ
     assert served | {*line.lost} == {*jobs}, "a place was lost"
     since = {id: at for id, at, _ in order}
     late = [id for id, at in line.told.items() if since[id] > at + 0.001]
-    assert late == [], "a place was lost, and got again at the end of the line"
+    seen = [(id, f"since {since[id]:.3f}, told {line.told[id]:.3f}", line.asks[id]) for id in late]
+    assert late == [], f"a place was lost, and got again at the end of the line: {seen}"
     if line.pool == "one":
         fences = [fence for _, _, leases in order if leases is not None for _, fence in json.loads(leases)]
         assert len(fences) == len(jobs)
