@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from bench import load, traffic, world
 from bench.figures import Figure, Sample, Sampler, log_progress
-from bench.mixed import WEIGHTS, Mix, expect, is_done, is_ok, leasing, login, probe
+from bench.mixed import TABLES, WEIGHTS, Mix, expect, is_done, is_ok, leasing, login, probe
 from bench.traffic import Check, Make, Outcome
 from bench.world import USERS, Running, value
 from tests.support.postgres import Cluster
@@ -55,17 +54,6 @@ _LOOK = 0.2
 
 _SPAN = 43200
 """Seconds over which the logins of a database are spread. The first of them lives for as long still."""
-
-_SWEPT_PROBES = 110_000
-"""Number of tokens that are validated to fill the cache: more than it holds by default."""
-
-TABLES = """
-[tokens]
-per_user = 0
-{}
-[pools.large]
-lease_ttl = "1h"
-"""
 
 
 class Databases(ABC):
@@ -106,7 +94,7 @@ class SqliteDatabases(Databases):
         self._sizes: dict[Path, tuple[int, int]] = {}
 
     def create(self, tokens: int) -> Path:
-        config = world.write_config(self._directory / f"growth-{tokens}", tables=TABLES.format(""))
+        config = world.write_config(self._directory / f"growth-{tokens}", tables=TABLES)
         world.migrate(config)
         with closing(sqlite3.connect(world.database(config), isolation_level=None)) as db:
             for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -4000000"):
@@ -114,16 +102,12 @@ class SqliteDatabases(Databases):
             ((by_expiry,),) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'tokens_by_expiry'")
             db.execute("DROP INDEX tokens_by_expiry")  # which only grows at its end: it can as well be made afterwards
             db.execute("BEGIN")
-            db.executemany(world.INSERT_TOKEN, _rows(config, tokens, time.time() - _SPAN, _SPAN / tokens))
+            db.executemany(world.INSERT_TOKEN, world.token_rows(config, tokens, time.time() - _SPAN, _SPAN / tokens))
             db.execute(by_expiry)
             db.execute("COMMIT")
-            filled = world.database(config).stat().st_size
-            db.execute("BEGIN")
-            leases = ("large", "worker-7", time.time() + 86400, 1, "user0")
-            rows = ((value(number), *leases) for number in range(min(tokens, MAX_LEASES)))
-            db.executemany(_INSERT_LEASED, rows)
-            db.execute("COMMIT")
             db.execute("PRAGMA journal_mode = WAL")
+        filled = world.database(config).stat().st_size
+        world.fill_pool(config, "large", map(value, range(min(tokens, MAX_LEASES))), leased=True)
         self._sizes[config] = filled, world.database(config).stat().st_size - filled
         world.fill_pool(config, "large", (f"free-{number}" for number in range(_FREE)))
         return config
@@ -131,7 +115,7 @@ class SqliteDatabases(Databases):
     def expire(self, config: Path, tokens: int) -> None:
         with closing(sqlite3.connect(world.database(config))) as db, db:
             ended = time.time() - 86400 - 3600
-            db.executemany(world.INSERT_TOKEN, _rows(config, tokens, ended, 600 / tokens, first=2 * LARGE))
+            db.executemany(world.INSERT_TOKEN, world.token_rows(config, tokens, ended, 600 / tokens, first=2 * LARGE))
         os.sync()
 
     def count_expired(self, config: Path) -> int:
@@ -144,23 +128,6 @@ class SqliteDatabases(Databases):
 
     def sizes(self, config: Path) -> tuple[int, int]:
         return self._sizes[config]
-
-
-_INSERT_LEASED = """
-    INSERT INTO pool_tokens (value, pool, holder, free_at, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
-"""
-
-
-def _rows(config: Path, tokens: int, since: float, distance: float, first: int = 0) -> Iterator[tuple[object, ...]]:
-    """Make the rows of logins, in the order and at the times of their issue."""
-    users = loader.load(config).users_by_name
-    credentials = [users[f"user{number}"].credential for number in range(USERS)]
-    for number in range(first, first + tokens):
-        at = since + (number - first) * distance
-        user = number % USERS
-        origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
-        digest = sha256(value(number).encode()).digest()
-        yield digest, f"user{user}", credentials[user], at, int(at) + 86400, *origin
 
 
 _FILL_TOKENS = """
@@ -197,7 +164,7 @@ class PostgresDatabases(Databases):
     def create(self, tokens: int) -> Path:
         cluster, name = self._cluster(), f"growth_{tokens}"
         directory = self._directory / f"pg-growth-{tokens}"
-        config = world.write_config(directory, tables=TABLES.format(""), url=cluster.create(name))
+        config = world.write_config(directory, tables=TABLES, url=cluster.create(name))
         world.migrate(config)
         indexes = cluster.execute(_INDEXES, name)
         self._run(
@@ -491,9 +458,7 @@ class GrowthRows:
         with world.tokenauth(self._config(LARGE)) as server:
 
             def sample() -> Sample:
-                probed = 0
-                while probed < _SWEPT_PROBES:
-                    probed += load.run(server.port, "sweep", self._seconds, offset=probed).requests
+                probed = load.fill_cache(server.port, self._seconds)
                 sizes = server.memory()
                 return Sample(sizes["rss"], note=f"RSS after {probed:,} tokens; PSS {sizes['pss']:.0f} MB")
 

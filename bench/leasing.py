@@ -108,8 +108,8 @@ class LeaseRows:
             def sample() -> Sample:
                 before = world.count_leased(config, "large")
                 found = self._compare(server, "assign")
-                _require_changes(found, world.count_leased(config, "large") - before)
-                return _ratio(found)
+                found.require_changes(world.count_leased(config, "large") - before, CONNECTIONS)
+                return found.sample()
 
             yield sample
 
@@ -123,9 +123,9 @@ class LeaseRows:
             def sample() -> Sample:
                 before = world.count_leased(config, "leased")
                 found = self._compare(server, "release", self._released)
-                _require_changes(found, before - world.count_leased(config, "leased"))
+                found.require_changes(before - world.count_leased(config, "leased"), CONNECTIONS)
                 self._released += found.result.requests + 2 * CONNECTIONS  # wrk does not wait for its last requests
-                return _ratio(found)
+                return found.sample()
 
             yield sample
 
@@ -161,7 +161,7 @@ class LeaseRows:
     def _plain(self, kind: str) -> Iterator[Sampler]:
         """Send requests whose responses wrk checks."""
         with self._server() as server:
-            yield lambda: _ratio(self._compare(server, kind))
+            yield lambda: self._compare(server, kind).sample()
 
     def _compare(self, server: Running, kind: str, offset: int = 0) -> Comparison:
         return self._bare.compare(lambda: load.run(server.port, kind, self._seconds, CONNECTIONS, offset))
@@ -183,14 +183,3 @@ _DIALECTS = {
     "bounded": "random-token-generator",
     "owned": "token-management-service",
 }
-
-
-def _ratio(found: Comparison) -> Sample:
-    return Sample(found.ratio, found.result.rate, found.result.p99_ms)
-
-
-def _require_changes(found: Comparison, count: int) -> None:
-    """Compare the responses with the database. At the end wrk does not wait for its last requests."""
-    answered = found.result.requests
-    if not answered <= count <= answered + CONNECTIONS:
-        raise RuntimeError(f"{answered} requests were answered, the database has {count} changes")

@@ -9,6 +9,7 @@ from argon2 import PasswordHasher, Type
 from argon2.low_level import verify_secret
 
 from bench import load
+from bench.figures import Sample
 from bench.load import Result
 from bench.machine import CORES
 from tokenauth.settings.model import PasswordSettings
@@ -26,6 +27,18 @@ class Comparison(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.result.rate / self.limit
+
+    def sample(self) -> Sample:
+        return Sample(self.ratio, self.result.rate, self.result.p99_ms)
+
+    def require_changes(self, count: int, connections: int) -> None:
+        """Raise RuntimeError unless the database has a change for each response.
+
+        There may be one more for each connection: at the end wrk does not wait for its last requests.
+        """
+        answered = self.result.requests
+        if not answered <= count <= answered + connections:
+            raise RuntimeError(f"{answered} requests were answered, the database has {count} changes")
 
 
 class BareServer:

@@ -18,6 +18,8 @@ CONNECTIONS = 64
 _MARGIN = 30
 """Seconds that wrk may take longer than its duration. It waits up to 10 s for the last responses."""
 
+_MORE_THAN_CACHED = 110_000
+
 _RESULT = re.compile(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)")
 
 
@@ -57,6 +59,14 @@ def in_background(port: int, kind: str, seconds: int, connections: int) -> Itera
     finally:
         running.kill()
         running.wait()
+
+
+def fill_cache(port: int, seconds: int) -> int:
+    """Validate more tokens than a cache holds by default; return how many."""
+    probed = 0
+    while probed < _MORE_THAN_CACHED:
+        probed += run(port, "sweep", seconds, offset=probed).requests
+    return probed
 
 
 def _start(port: int, kind: str, seconds: int, connections: int, offset: int = 0) -> "subprocess.Popen[str]":

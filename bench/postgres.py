@@ -10,8 +10,8 @@ from pathlib import Path
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
 from bench.leasing import CONNECTIONS as LEASE_CONNECTIONS
-from bench.limit import BareServer
-from bench.load import CONNECTIONS, Result
+from bench.limit import BareServer, Comparison
+from bench.load import CONNECTIONS
 from bench.machine import LOAD_CORE, on_core
 from bench.revocation_delay import measure_revocation_delay
 from bench.waiting import TABLES
@@ -110,18 +110,14 @@ class PostgresRows:
         server = self._serve()
         load.run(server.port, "hot", _WARM)
 
-        def sample() -> Sample:
-            found = self._bare.compare(lambda: load.run(server.port, "hot", self._seconds))
-            return Sample(found.ratio, found.result.rate, found.result.p99_ms)
-
-        yield sample
+        yield lambda: self._measured(server, "hot", CONNECTIONS).sample()
 
     @contextmanager
     def _million(self) -> Iterator[Sampler]:
         """Validate a million tokens, of which few are cached."""
         server = self._serve()
         load.run(server.port, "million", _WARM)
-        yield lambda: self._compare(server, "million", CONNECTIONS)
+        yield lambda: _rate(self._measured(server, "million", CONNECTIONS))
 
     @contextmanager
     def _issue(self) -> Iterator[Sampler]:
@@ -164,7 +160,7 @@ class PostgresRows:
     def _keep(self) -> Iterator[Sampler]:
         """Extend leases."""
         server = self._serve()
-        yield lambda: self._compare(server, "keep", LEASE_CONNECTIONS)
+        yield lambda: _rate(self._measured(server, "keep", LEASE_CONNECTIONS))
 
     @contextmanager
     def _release(self) -> Iterator[Sampler]:
@@ -194,23 +190,14 @@ class PostgresRows:
     ) -> Sample:
         """Send changes, and compare the responses with the database."""
         before = counted()
-        results: list[Result] = []
-        sample = self._compare(server or self._serve(), kind, connections, offset, results)
-        answered, changed = results[0].requests, counted() - before
-        if not answered <= changed <= answered + connections:  # at the end wrk does not wait for its last requests
-            raise RuntimeError(f"{kind}: {answered} requests were answered, the database has {changed} changes")
+        found = self._measured(server or self._serve(), kind, connections, offset)
+        found.require_changes(counted() - before, connections)
         if kind in self._offsets:
-            self._offsets[kind] += answered + 2 * connections
-        return sample
+            self._offsets[kind] += found.result.requests + 2 * connections
+        return _rate(found)
 
-    def _compare(
-        self, server: Running, kind: str, connections: int, offset: int = 0, results: list[Result] | None = None
-    ) -> Sample:
-        found = self._bare.compare(lambda: load.run(server.port, kind, self._seconds, connections, offset))
-        if results is not None:
-            results.append(found.result)
-        result = found.result
-        return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the limit")
+    def _measured(self, server: Running, kind: str, connections: int, offset: int = 0) -> Comparison:
+        return self._bare.compare(lambda: load.run(server.port, kind, self._seconds, connections, offset))
 
     def _count(self, query: str, database: str = _DATABASE) -> int:
         return int(self.cluster().execute(query, database)[0][0])
@@ -253,6 +240,11 @@ class PostgresRows:
 def missing() -> str | None:
     """Return what the rows of PostgreSQL lack, or None."""
     return None if postgres_programs.find() else postgres_programs.REMEDY
+
+
+def _rate(found: Comparison) -> Sample:
+    result = found.result
+    return Sample(result.rate, result.rate, result.p99_ms, f"{found.ratio:.2f} of the limit")
 
 
 def _require_valid(server: Running, token: str) -> None:

@@ -16,9 +16,6 @@ from bench.load import CONNECTIONS
 from bench.machine import CORES
 from bench.world import MILLION, Running, value
 
-_SWEPT = 110_000
-"""Number of tokens that are validated to fill the cache: more than it holds by default."""
-
 _FEW = 4
 """Connections of slow validations."""
 
@@ -78,7 +75,7 @@ class TokenRows:
             passed = server.client.get("/auth", params={"scope": "introspect"}, headers={"X-Token": value(7)})
             _require(passed.headers.get("x-auth-user") == "user7", f"/auth answered {passed.status_code}")
             load.run(server.port, kind, _WARM)
-            yield lambda: _ratio(self._compare(server, kind))
+            yield lambda: self._compare(server, kind).sample()
 
     @contextmanager
     def _metered(self) -> Iterator[Sampler]:
@@ -86,7 +83,7 @@ class TokenRows:
         with self._serving(_METRICS) as server:
             _check_probe(server, value(0))
             load.run(server.port, "hot", _WARM)
-            yield lambda: _ratio(self._compare(server, "hot"))
+            yield lambda: self._compare(server, "hot").sample()
 
     @contextmanager
     def _cookie(self) -> Iterator[Sampler]:
@@ -95,7 +92,7 @@ class TokenRows:
             passed = server.client.get("/auth?cookie", headers={"Cookie": f"tokenauth={value(7)}"})
             _require(passed.headers.get("x-auth-user") == "user7", f"/auth?cookie answered {passed.status_code}")
             load.run(server.port, "cookie", _WARM)
-            yield lambda: _ratio(self._compare(server, "cookie"))
+            yield lambda: self._compare(server, "cookie").sample()
 
     @contextmanager
     def _serving(self, tables: str) -> Iterator[world.Running]:
@@ -117,8 +114,8 @@ class TokenRows:
                     _check_login(server)
                     found = self._compare(server, "issue")
                 issued = sum(world.counts(config)) - 1  # those beyond `per_user` were revoked
-            _require_changes(found, issued)
-            return _ratio(found)
+            found.require_changes(issued, CONNECTIONS)
+            return found.sample()
 
         yield sample
 
@@ -133,8 +130,8 @@ class TokenRows:
                 def sample() -> Sample:
                     before = sum(world.counts(config))
                     found = self._compare(server, "oauth")
-                    _require_changes(found, sum(world.counts(config)) - before)
-                    return _ratio(found)
+                    found.require_changes(sum(world.counts(config)) - before, CONNECTIONS)
+                    return found.sample()
 
                 yield sample
 
@@ -157,9 +154,9 @@ class TokenRows:
                     before, _ = world.counts(config)
                     found = self._compare(server, "revoke", offset)
                     after, _ = world.counts(config)
-                    _require_changes(found, before - after)
+                    found.require_changes(before - after, CONNECTIONS)
                     offset += found.result.requests + 2 * CONNECTIONS  # wrk does not wait for its last requests
-                    return _ratio(found)
+                    return found.sample()
 
                 yield sample
 
@@ -217,9 +214,7 @@ class TokenRows:
             _check_probe(server, value(0))
 
             def sample() -> Sample:
-                probed = 0
-                while probed < _SWEPT:
-                    probed += load.run(server.port, "sweep", self._seconds, offset=probed).requests
+                probed = load.fill_cache(server.port, self._seconds)
                 sizes = server.memory()
                 shares = f"PSS {sizes['pss']:.0f} MB, main process and its helper {sizes['others']:.0f} MB more"
                 return Sample(sizes["rss"], note=f"RSS after {probed:,} tokens; {shares}")
@@ -243,10 +238,6 @@ class TokenRows:
             yield Path(directory)
 
 
-def _ratio(found: Comparison) -> Sample:
-    return Sample(found.ratio, found.result.rate, found.result.p99_ms)
-
-
 def _check_probe(server: Running, token: str, valid: bool = True) -> None:
     answer = server.client.get("/api/token", params={"token": token}).json()
     _require(answer["valid"] is valid, f"GET /api/token answered {answer}")
@@ -264,15 +255,6 @@ def _quiet(server: Running) -> None:
     while server.client.post("/api/token", json=login).status_code != 200:
         _require(time.monotonic() < deadline, "after many logins, no login succeeded for 30 s")
         time.sleep(0.1)
-
-
-def _require_changes(found: Comparison, count: int) -> None:
-    """Compare the responses with the database. At the end wrk does not wait for its last requests."""
-    answered = found.result.requests
-    _require(
-        answered <= count <= answered + CONNECTIONS,
-        f"{answered} requests were answered, the database has {count} changes",
-    )
 
 
 def _require(right: bool, problem: str) -> None:

@@ -15,6 +15,7 @@ import httpx
 
 from bench import load, world
 from bench.figures import Figure, Sample, Sampler
+from bench.mixed import TABLES
 from bench.world import USERS, Running
 
 WORKERS = (1, 2, 4, 8)
@@ -27,13 +28,6 @@ _LOOK = 0.002
 """Seconds between two looks at who waits for the lock."""
 
 _FREE = 1000
-
-_TABLES = """
-[tokens]
-per_user = 0
-[pools.large]
-lease_ttl = "1h"
-"""
 
 
 class WorkerRows:
@@ -108,7 +102,7 @@ class WorkerRows:
     @contextmanager
     def _server(self, workers: int) -> Iterator[tuple[Running, Path]]:
         with tempfile.TemporaryDirectory(dir=self._directory) as directory:
-            config = world.write_config(Path(directory), tables=_TABLES)
+            config = world.write_config(Path(directory), tables=TABLES)
             world.fill(config, USERS)
             world.fill_pool(config, "large", (str(uuid4()) for _ in range(_FREE)))
             config.write_text(config.read_text().replace("workers = 1\n", f"workers = {workers}\n"))

@@ -65,22 +65,26 @@ def migrate(config: Path) -> None:
 def fill(config: Path, count: int) -> None:
     """Insert `count` live tokens into a new database, ordered by digest: that is fastest."""
     migrate(config)
-    directory = loader.load(config).users_by_name
-    users = [directory[f"user{number}"] for number in range(USERS)]
-    now = time.time()
-    rows = []
-    for number in range(count):
-        user = users[number % USERS]
-        digest = sha256(value(number).encode()).digest()
-        origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
-        rows.append((digest, user.username, user.credential, now, int(now) + 86400, *origin))
-    rows.sort()
+    rows = sorted(token_rows(config, count, time.time()))
     with closing(sqlite3.connect(database(config))) as db, db:
         db.execute("PRAGMA synchronous = OFF")
         db.executemany(INSERT_TOKEN, rows)
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.sync()  # now, not during a measurement
+
+
+def token_rows(
+    config: Path, count: int, since: float, distance: float = 0, first: int = 0
+) -> Iterator[tuple[bytes, str, str, float, int, str, str]]:
+    """Make the rows of logins of the users in turn, in the order of their issue; `distance`: seconds between two."""
+    users = loader.load(config).users_by_name
+    credentials = [users[f"user{number}"].credential for number in range(USERS)]
+    for number in range(first, first + count):
+        at, user = since + (number - first) * distance, number % USERS
+        origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
+        digest = sha256(value(number).encode()).digest()
+        yield digest, f"user{user}", credentials[user], at, int(at) + 86400, *origin
 
 
 INSERT_TOKEN = """
