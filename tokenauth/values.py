@@ -2,7 +2,6 @@
 
 import re
 import secrets
-import uuid
 from binascii import a2b_qp
 from collections.abc import Iterator
 from hashlib import sha256
@@ -84,16 +83,6 @@ def _checksum(text: str) -> str:
         number, digit = divmod(number, len(_DIGITS))
         digits = _DIGITS[digit] + digits
     return digits
-
-
-def new_uuid() -> str:
-    """Return a random UUID (RFC 9562 section 5.4; 122 bits of entropy)."""
-    return str(uuid.uuid4())
-
-
-def new_prefixed() -> str:
-    """Return `token_` and a new value of 64 characters."""
-    return f"token_{new_value()}"
 
 
 def digest(value: bytes) -> bytes | None:

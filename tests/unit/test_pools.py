@@ -10,7 +10,6 @@ import pytest
 import structlog
 
 from tests.support.servers import START
-from tokenauth import values
 from tokenauth.errors import (
     InsufficientScope,
     InvalidRequest,
@@ -63,7 +62,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def pools(store: Store, clock: ManualClock) -> Pools:
-    return Pools(POOLS, store, clock, {"roomy": values.new_uuid})
+    return Pools(POOLS, store, clock, {"roomy": lambda: str(uuid.uuid4())})
 
 
 async def test_a_pool_is_found_by_name_if_its_scope_allows(pools: Pools) -> None:

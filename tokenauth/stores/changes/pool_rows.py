@@ -270,7 +270,7 @@ class PoolRows:
             raise LockConflict
         return RequestRows(self._db, self.pool.name, self.now)
 
-    def leasable(self, limit: int, withheld: int) -> list[tuple[int, PoolToken]]:
+    def leasable(self, limit: int, withheld: int) -> list[Row]:
         """Return the tokens that have been free longest, without as many as are `withheld`.
 
         If the pool has members, all free ones, first those that are reserved: only some can use them.
@@ -357,14 +357,14 @@ class PoolRows:
         ends = [end for end in self._db.rows(_NEXT_END, self._parameters)[0] if end is not None]
         return min(ends) + self.pool.reclaim_delay if ends else None
 
-    def members(self) -> list[tuple[int, PoolToken]]:
+    def members(self) -> list[Row]:
         """Return the tokens that have a name, with their numbers, also those that were retired long ago.
 
         They are not locked: a change that reads them has an exclusive lock on the pool.
         """
         return self._found(NAMED)
 
-    def free(self, limit: int) -> list[tuple[int, PoolToken]]:
+    def free(self, limit: int) -> list[Row]:
         """Return the tokens that have been free longest, with their numbers, except rows that others have locked."""
         if self._db.single_writer:
             return self._found(_FREE, limit=limit)
@@ -382,23 +382,23 @@ class PoolRows:
                 return found
             breadth *= 8
 
-    def leased(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+    def leased(self, limit: int, username: str | None = None) -> list[Row]:
         """Return the leased tokens of a user, or of all, whose leases end first, with their numbers; none retired."""
         if username is None:
             return self._found(_LEASED, limit=limit)
         return self._found(_LEASED_TO, limit=limit, username=username)
 
-    def leased_and_retired(self, limit: int, username: str | None = None) -> list[tuple[int, PoolToken]]:
+    def leased_and_retired(self, limit: int, username: str | None = None) -> list[Row]:
         """Return the retired tokens of a user, or of all, whose leases end first, with their numbers."""
         if username is None:
             return self._found(_LEASED_AND_RETIRED, limit=limit)
         return self._found(_LEASED_TO_AND_RETIRED, limit=limit, username=username)
 
-    def unlogged(self, since: Instant, limit: int) -> list[tuple[int, PoolToken]]:
+    def unlogged(self, since: Instant, limit: int) -> list[Row]:
         """Return the tokens whose lease lapsed since an instant, if nothing has logged that, with their numbers."""
         return self._found(UNLOGGED, since=since, limit=limit)
 
-    def find(self, values: Iterable[str]) -> dict[str, tuple[int, PoolToken]]:
+    def find(self, values: Iterable[str]) -> dict[str, Row]:
         """Return the existing tokens with these values, with their numbers, and lock them."""
         query = _BY_VALUE if self._db.single_writer else _BY_VALUE_LOCKED
         found = self._found(query, values=json.dumps(sorted(set(values))))  # rows are locked in this order
@@ -497,7 +497,7 @@ class PoolRows:
         """Delete retired tokens without a name whose lease is over."""
         return self._change_oldest(_DELETE_RETIRED, limit)
 
-    def _found(self, query: ClauseElement, **more: object) -> list[tuple[int, PoolToken]]:
+    def _found(self, query: ClauseElement, **more: object) -> list[Row]:
         return parsed(self._db.rows(query, {**self._parameters, **more}))
 
     def _change_oldest(self, statement: ClauseElement, limit: int, **more: object) -> int:

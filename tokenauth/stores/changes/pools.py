@@ -23,7 +23,7 @@ from tokenauth.models import (
 )
 from tokenauth.stores.changes.pool_rows import PoolRows
 from tokenauth.stores.engine import Change, Transaction
-from tokenauth.waiting_line import LAST, REMEMBERED, new_request
+from tokenauth.waiting_line import LAST, REMEMBERED, Row, new_request
 
 _SPARE = 1000
 """Expired tokens that a pool with a capacity deletes for new ones, in addition to one for each new one."""
@@ -300,7 +300,7 @@ class ReleaseNext(PoolChange[tuple[bool, int]]):
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[tuple[bool, int]]:
         """End the next leases, each at most once."""
         free, _, retired = rows.counts()
-        leased: dict[str | None, Iterator[tuple[int, PoolToken]]] = {}
+        leased: dict[str | None, Iterator[Row]] = {}
         for username in {change.username for change in changes}:
             found = rows.leased(len(changes), username)
             if retired:
