@@ -143,9 +143,9 @@ class Pools:
         self._clock = clock
         self._new_value = new_values or {}
         self._unfilled = [pool for pool in pools.values() if pool.prefill or pool.members]
-        self.waiting = Waiting(store.pools, clock, self.note_lapse)
+        self.waiting = Waiting(store.pools, clock, self.log_lapse)
         self.counters = {name: LeaseCounters() for name in pools}
-        self._noted: dict[str, Instant] = {}
+        self._lapses_since: dict[str, Instant] = {}  # by pool: leases that ended earlier have been logged
 
     def find(self, name: str, user: Identity | None = None) -> Pool:
         """Return a pool. Raises UnknownPool, or InsufficientScope if the user may not use it."""
@@ -182,7 +182,7 @@ class Pools:
             raise InvalidRequest(f"count: must be from 1 to {MAX_COUNT}.")
         values = self._new_values(pool, count)
         now = self._clock()
-        if pool.capacity is not None and now - pool.token_ttl >= self._noted.get(pool.name, 0.0):
+        if pool.capacity is not None and now - pool.token_ttl >= self._lapses_since.get(pool.name, 0.0):
             await self._note_all_lapsed(pool, now)  # expired tokens are deleted for new ones
         if not await self._store.pools.generate(pool, values, now):
             raise PoolFull
@@ -370,7 +370,7 @@ class Pools:
         """Extend a lease to its full time from now. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         change = await self._store.pools.keep_alive(pool, _checked(value), now, check)
-        return await self._granted(pool, change, check, now)
+        return await self._require_lease(pool, change, check, now)
 
     async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Extend the lease of a token, or the life of a free one, to its full time from now.
@@ -383,9 +383,9 @@ class Pools:
         managed = user is None or pool.managed_by(user)
         change = await self._store.pools.keep_alive(pool, _checked(value), now, check, managed)
         if change is not None and change.before.unlogged is not None and change.token.holder is None:
-            self.note_lapse(pool, change.before)
+            self.log_lapse(pool, change.before)
         try:
-            token = _granted(change, check, now)
+            token = _require_granted(change, check, now)
         except LeaseLost:
             raise InsufficientScope(pool.manage_scope) from None
         return token.holder is not None
@@ -411,10 +411,10 @@ class Pools:
         if self.waiting.someone_waits(pool):
             note = partial(self._note_release, pool, now)
             change = await self.waiting.release(pool, _checked(value), now, check, note)
-            await self._granted(pool, change, check, now)
+            await self._require_lease(pool, change, check, now)
             return
         change = await self._store.pools.release(pool, _checked(value), now, check)
-        await self._granted(pool, change, check, now)
+        await self._require_lease(pool, change, check, now)
         if change is not None:
             self._note_release(pool, now, change.before)
             self.waiting.wake(pool)
@@ -449,7 +449,7 @@ class Pools:
         if deleted is None:
             raise UnknownToken
         if deleted.unlogged is not None and not deleted.is_leased(now):
-            self.note_lapse(pool, deleted)
+            self.log_lapse(pool, deleted)
         if by is not None:
             log.info("pool_token_deleted", pool=pool.name, by=by)
         self.waiting.wake(pool)
@@ -587,7 +587,7 @@ class Pools:
         counters = self.counters[pool.name]
         counters.granted += 1
         if lapsed is not None:
-            self.note_lapse(pool, lapsed)
+            self.log_lapse(pool, lapsed)
         if pool.log_leases:
             log.info("lease_granted", **_shown(pool, token), waited=round(waited, 3))
 
@@ -596,13 +596,13 @@ class Pools:
 
         Return `limit` if there may be more.
         """
-        lapsed = await self._store.pools.note_lapsed(pool, self._noted.get(pool.name, 0.0), now, limit)
+        lapsed = await self._store.pools.note_lapsed(pool, self._lapses_since.get(pool.name, 0.0), now, limit)
         for token in lapsed.leases:
-            self.note_lapse(pool, token)
+            self.log_lapse(pool, token)
         for place in lapsed.places:
             note_left(pool, place, place.kept_until)
         if len(lapsed.leases) < limit:
-            self._noted[pool.name] = now - _LATE
+            self._lapses_since[pool.name] = now - _LATE
         if lapsed.places:
             self.waiting.wake(pool)
         return max(map(len, lapsed))
@@ -614,7 +614,7 @@ class Pools:
                 return
             await asyncio.sleep(_PAUSE)
 
-    def note_lapse(self, pool: Pool, token: PoolToken) -> None:
+    def log_lapse(self, pool: Pool, token: PoolToken) -> None:
         """Count and log a lease that has lapsed."""
         held = token.free_at - (token.leased_at or token.free_at)
         self.counters[pool.name].lapsed += 1
@@ -630,10 +630,12 @@ class Pools:
         if pool.log_leases:
             log.info("lease_released", **_shown(pool, token), held=round(held, 3))
 
-    async def _granted(self, pool: Pool, change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
+    async def _require_lease(
+        self, pool: Pool, change: LeaseChange | None, check: LeaseCheck, now: Instant
+    ) -> PoolToken:
         """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""
         try:
-            return _granted(change, check, now)
+            return _require_granted(change, check, now)
         except (LeaseLost, NotYourLease):
             if change is not None and check.username is not None:
                 end = await self._store.pools.find_forced_end(pool, change.before.value)
@@ -722,7 +724,7 @@ def _shown(pool: Pool, token: PoolToken) -> dict[str, object]:
     return {"pool": pool.name, "user": token.username, "holder": token.holder, **named, "fence": token.fence}
 
 
-def _granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
+def _require_granted(change: LeaseChange | None, check: LeaseCheck, now: Instant) -> PoolToken:
     """Return the changed token. Raises UnknownToken, NotYourLease or LeaseLost if the change was not granted."""
     if change is None:
         raise UnknownToken

@@ -74,11 +74,11 @@ class _Asks(Mapping[RequestKey, int]):
 class Waiting:
     """The clients that wait in this process, for any pool."""
 
-    def __init__(self, store: PoolStore, clock: Clock, note_lapse: Callable[[Pool, PoolToken], None]) -> None:
-        """`note_lapse` is called for each lease that lapsed before its token was leased to a client that has gone."""
+    def __init__(self, store: PoolStore, clock: Clock, log_lapse: Callable[[Pool, PoolToken], None]) -> None:
+        """`log_lapse` is called for each lease that lapsed before its token was leased to a client that has gone."""
         self._store = store
         self._clock = clock
-        self._note_lapse = note_lapse
+        self._log_lapse = log_lapse
         self._lines: dict[str, _Line] = {}
         self._stopping = False
         self._background: set[asyncio.Task[object]] = set()
@@ -136,7 +136,7 @@ class Waiting:
         """Take back the leases of a client that has gone, soon."""
         for before in grant.before:
             if before.unlogged is not None:
-                self._note_lapse(pool, before)
+                self._log_lapse(pool, before)
         self._later(self._put_back(pool, grant.request, KEPT if repeatable else None))
 
     async def _put_back(self, pool: Pool, request: LeaseRequest, keep: float | None) -> None:
