@@ -81,9 +81,9 @@ SWAGGER_UI := 5.35.0
 swagger-ui:
 	npm pack --silent swagger-ui-dist@$(SWAGGER_UI)
 	tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz
-	for file in swagger-ui-bundle.js swagger-ui.css; do gzip -9nc package/$$file > tokenauth/web/pages/$$file.gz; done
-	cp package/LICENSE tokenauth/web/pages/LICENSE.swagger-ui
-	{ cat package/NOTICE; echo; cat package/swagger-ui-bundle.js.LICENSE.txt; } > tokenauth/web/pages/NOTICE.swagger-ui
+	for file in swagger-ui-bundle.js swagger-ui.css; do gzip -9nc package/$$file > tokenauth/web/pages/docs/$$file.gz; done
+	cp package/LICENSE tokenauth/web/pages/docs/LICENSE.swagger-ui
+	{ cat package/NOTICE; echo; cat package/swagger-ui-bundle.js.LICENSE.txt; } > tokenauth/web/pages/docs/NOTICE.swagger-ui
 	rm -r package swagger-ui-dist-$(SWAGGER_UI).tgz
 
 # What the console loads: npm's htm, in its form with Preact inside, and npm's uplot, unchanged. Scripts are compressed.

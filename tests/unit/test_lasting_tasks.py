@@ -11,7 +11,7 @@ from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.stores.postgres.lookup import Lookup
 from tokenauth.watcher import Watcher
-from tokenauth.web.request_context import set_current
+from tokenauth.web.http_context import set_current_request
 
 
 async def test_events_are_not_of_the_first_client(tmp_path: Path, hand_clock: HandClock) -> None:
@@ -31,7 +31,7 @@ async def test_events_are_not_of_the_first_client(tmp_path: Path, hand_clock: Ha
         assert user is not None
         watcher = Watcher(service.pools, service.throttle, service.store, service.node, clock)
         events = Events(service.tokens, watcher)
-        set_current({"type": "http", "headers": []})
+        set_current_request({"type": "http", "headers": []})
         await events.open(user, issued.token, Client(), None)
         async with asyncio.timeout(10 * LOOK):
             await looked_again.wait()
@@ -59,6 +59,6 @@ async def test_look_ups_are_not_of_the_first_request() -> None:
         seen.append(current_request.get())
         return {}
 
-    set_current({"type": "http", "headers": []})
+    set_current_request({"type": "http", "headers": []})
     assert await Lookup(fetch).find(b"key") == {}
     assert seen == [None]

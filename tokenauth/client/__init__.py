@@ -10,6 +10,6 @@ except ModuleNotFoundError as error:
 
 from tokenauth.client.auth import TokenAuth
 from tokenauth.client.pools import AsyncLease, AsyncPoolClient, PoolClient, SyncLease
-from tokenauth.client.remote import RemoteTokens
+from tokenauth.client.remote_tokens import RemoteTokens
 
 __all__ = ["AsyncLease", "AsyncPoolClient", "PoolClient", "RemoteTokens", "SyncLease", "TokenAuth"]

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenauth.logs import log
 from tokenauth.web.client_address import client_address
-from tokenauth.web.request_context import set_current
+from tokenauth.web.http_context import set_current_request
 from tokenauth.web.routing import route_path
 
 
@@ -24,7 +24,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        set_current(scope)  # also for what is answered without ErrorMiddleware
+        set_current_request(scope)  # also for what is answered without ErrorMiddleware
         status = 500
         started = time.perf_counter()
 

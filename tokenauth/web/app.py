@@ -28,13 +28,13 @@ from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.console_guard import ConsoleGuard
 from tokenauth.web.cookies import Cookies
 from tokenauth.web.cors import CORS
-from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
 from tokenauth.web.openapi import Document
 from tokenauth.web.proxy_headers import ProxyHeaders
 from tokenauth.web.return_to import ReturnTo
+from tokenauth.web.route_index import RouteIndex
 from tokenauth.web.routes.account import AccountRoutes
 from tokenauth.web.routes.console import CONSOLE, ConsoleRoutes
 from tokenauth.web.routes.docs import DocsRoutes
@@ -53,7 +53,7 @@ from tokenauth.web.routes.throttle import ThrottleRoutes
 from tokenauth.web.routes.token import PATH as TOKEN
 from tokenauth.web.routes.token import TokenRoutes
 from tokenauth.web.routing import Handler, Route, refuse_collisions
-from tokenauth.web.shortcuts import Shortcuts
+from tokenauth.web.validation_counting import counted
 
 GC_THRESHOLD = 20_000
 """New objects after which Python searches for cycles. With its default of 700, leases take 5 % more CPU time."""
@@ -85,7 +85,7 @@ def build_app(service: Service) -> ASGIApp:
         lifespan=partial(_lifespan, service),
         middleware=[
             *_find_middleware(service.settings, routes),
-            Middleware(Shortcuts, routes),
+            Middleware(RouteIndex, routes),
             Middleware(ErrorMiddleware),
         ],
     )
@@ -148,8 +148,8 @@ def _create_pages(service: Service) -> tuple[BrowserAuth | None, Sequence[Route]
     if not config.browser.url:
         return None, (), None
     cookies, return_to = Cookies(config.browser), ReturnTo(config.browser)
-    pages = LoginRoutes(config, service.tokens, cookies, return_to)
-    return BrowserAuth(config.browser, cookies, return_to), pages.routes(), pages.home
+    login = LoginRoutes(config, service.tokens, cookies, return_to)
+    return BrowserAuth(config.browser, cookies, return_to), login.routes(), login.show_logins
 
 
 @asynccontextmanager

@@ -10,10 +10,10 @@ from tokenauth.models import Login
 from tokenauth.settings.model import BrowserSettings
 from tokenauth.tokens import Tokens
 from tokenauth.web.cookies import Cookies
-from tokenauth.web.counting import CountingValidator
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.requests import bearer
 from tokenauth.web.routing import route_path
+from tokenauth.web.validation_counting import CountingValidator
 
 HEADER = (b"x-tokenauth-console", b"1")
 """The header of each request of the console.

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocketClose
 from tokenauth.errors import Forbidden, InsufficientScope, StartError, Stopping
 from tokenauth.logs import describe, log
 from tokenauth.web.exceptions import NotFound
-from tokenauth.web.request_context import set_current
+from tokenauth.web.http_context import set_current_request
 from tokenauth.web.responses import error_response
 from tokenauth.web.routing import route_path
 
@@ -58,7 +58,7 @@ class ErrorMiddleware:
 
             await self._app(scope, receive, send_in_one_line)
             return
-        set_current(scope)
+        set_current_request(scope)
         try:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:  # at the end of a stop

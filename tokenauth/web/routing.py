@@ -20,7 +20,7 @@ from tokenauth.web.requests import Request
 class Endpoint(ABC):
     """An ASGI app in place of a handler, where a profile has shown that a handler would cost too much.
 
-    It answers its own errors: Shortcuts calls it outside of ErrorMiddleware.
+    It answers its own errors: RouteIndex calls it outside of ErrorMiddleware.
     """
 
     @abstractmethod

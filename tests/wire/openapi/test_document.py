@@ -212,7 +212,7 @@ def test_what_needs_the_database_can_be_overloaded(served: Served) -> None:
 
 def test_the_forms_of_the_pages_are_documented() -> None:
     sent: dict[type[msgspec.Struct], set[str]] = {LogInForm: set(), LogOutForm: set()}
-    for page, form in (("login", LogInForm), ("logout", LogOutForm), ("home", LogOutForm)):
+    for page, form in (("login", LogInForm), ("logout", LogOutForm), ("logins", LogOutForm)):
         text = (ROOT / f"tokenauth/web/pages/{page}.html").read_text()
         sent[form] |= set(re.findall(r'<input[^>]* name="(\w+)"', text))
     assert sent == {form: set(form.__struct_fields__) for form in sent}

@@ -12,7 +12,6 @@ from tokenauth.pools import Pools
 from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.settings.model import Settings
-from tokenauth.web.counting import counted
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects import (
     random_token_generator,
@@ -24,6 +23,7 @@ from tokenauth.web.exceptions import ForeignOrigin
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.openapi import Section
 from tokenauth.web.routing import Handlers, Route
+from tokenauth.web.validation_counting import counted
 
 
 class _Handlers(Protocol):

@@ -63,8 +63,8 @@ def _file_response(name: str) -> Response:
 
 @cache
 def _read(name: str) -> tuple[bytes, Mapping[str, str]]:
-    """Return a file of `pages/` and its headers. Large files are shipped compressed."""
-    folder = files("tokenauth.web") / "pages"
+    """Return a file of `pages/docs/` and its headers. Large files are shipped compressed."""
+    folder = files("tokenauth.web") / "pages" / "docs"
     compressed = folder / f"{name}.gz"
     if compressed.is_file():
         return compressed.read_bytes(), {**_HEADERS, "Content-Encoding": "gzip"}

@@ -17,7 +17,7 @@ from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.exceptions import RetryableInternalError
-from tokenauth.web.request_context import set_current
+from tokenauth.web.http_context import set_current_request
 from tokenauth.web.requests import bearer, header_token, query_pairs
 from tokenauth.web.responses import NO_STORE, refusal_response
 from tokenauth.web.routing import Endpoint
@@ -90,7 +90,7 @@ class ForwardAuth(Endpoint):
 
     def _refuse(self, scope: Scope, error: Exception, token: Token | None, asked: _Query) -> Response:
         """Return the response to a request that may not pass. Errors in here do not let it pass either."""
-        set_current(scope)
+        set_current_request(scope)
         try:
             if isinstance(error, TokenRequired | InvalidToken | InvalidRequest):
                 refusal = InvalidToken() if isinstance(error, InvalidRequest) else error  # two different tokens

@@ -57,7 +57,7 @@ def _page(docs: bool) -> Response:
     links = [("readyz", "Is it ready?")]
     if docs:
         links = [("docs", "API documentation"), ("openapi.json", "OpenAPI document"), *links]
-    template = Template((files("tokenauth.web") / "pages" / "start.html").read_text(encoding="utf-8"))
+    template = Template((files("tokenauth.web") / "pages" / "home.html").read_text(encoding="utf-8"))
     others = " ".join(f'<a href="{address}">{text}</a>' for address, text in links)
     text = template.substitute(style=STYLE, links=others)
     return NoStoreResponse(text, headers={"Content-Security-Policy": policy("'none'")}, media_type="text/html")

@@ -192,7 +192,7 @@ class LoginRoutes:
 
     # Where the user is logged in
 
-    async def home(self, request: Request) -> Response:
+    async def show_logins(self, request: Request) -> Response:
         try:
             login, headers, _ = await self._find_login(request)
             if login is None:
@@ -204,7 +204,7 @@ class LoginRoutes:
         logins.sort(key=lambda one: not one["current"])
         csrf, form_headers = self._form_value(request)
         return self._pages.render(
-            "home.html",
+            "logins.html",
             headers=form_headers,
             username=login.user.username,
             logins=logins[:_SHOWN],

@@ -16,11 +16,11 @@ from tokenauth.errors import InvalidCredentials, InvalidRequest, InvalidToken
 from tokenauth.models import Identity, User
 from tokenauth.tokens import Tokens
 from tokenauth.web import urlencoding
-from tokenauth.web.counting import CountingValidator
 from tokenauth.web.exceptions import InvalidClient, InvalidScope, NotFound, UnsupportedGrantType
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse
 from tokenauth.web.routing import Route
+from tokenauth.web.validation_counting import CountingValidator
 
 INTROSPECT = "introspect"
 """The scope that may ask about the tokens of others."""

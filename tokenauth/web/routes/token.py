@@ -14,9 +14,9 @@ from tokenauth.passwords import MAX_LENGTH
 from tokenauth.settings.model import MAX_NAME
 from tokenauth.tokens import Tokens
 from tokenauth.web.csrf import Hosts
+from tokenauth.web.http_context import set_current_request
 from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
-from tokenauth.web.request_context import set_current
 from tokenauth.web.requests import Request
 from tokenauth.web.responses import JSONResponse, NoStoreResponse, error_response, json_headers
 from tokenauth.web.routing import Endpoint, Route, strict
@@ -73,7 +73,7 @@ class CheckToken(Endpoint):
                 token = await self._tokens.validate(_find_token(request), request.counts_as_use())
         except Exception as error:
             self._counts.refuse(error)
-            set_current(scope)
+            set_current_request(scope)
             await error_response(error)(scope, receive, send)
             return
         if token is None:

@@ -1,4 +1,4 @@
-"""Finds most routes ahead of the router."""
+"""An index of the routes, which finds most of them ahead of the router."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from operator import itemgetter
@@ -16,7 +16,7 @@ _Template = tuple[Route, ASGIApp, Sequence[tuple[int, str]]]
 _Pick = Callable[[Sequence[str]], Any]
 
 
-class Shortcuts:
+class RouteIndex:
     """ASGI middleware that finds a route in a dictionary. Starlette's router tries one after the other.
 
     With four dialects, that takes up to 15 microseconds. Methods that a path does not support are left to the router,

@@ -1,10 +1,10 @@
-"""Shortcuts: what they answer ahead of the router, and what they leave to it."""
+"""RouteIndex: what it answers ahead of the router, and what it leaves to the router."""
 
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from tokenauth.web.route_index import RouteIndex
 from tokenauth.web.routing import Endpoint, Route
-from tokenauth.web.shortcuts import Shortcuts
 
 
 class Answer(Endpoint):
@@ -20,7 +20,7 @@ async def router(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 PATHS = ("/here", "/pools/{pool}", "/pools/{pool}/leases", "/pools/{pool}/leases/{token}", "/{any}/at/{all}")
-SHORTCUTS = Shortcuts(
+INDEX = RouteIndex(
     router,
     [Route("/pools/{pool}/requests/{id:path}", {"GET": Answer()}), *(Route(path, {"GET": Answer()}) for path in PATHS)],
 )
@@ -36,7 +36,7 @@ async def send(message: object) -> None:
 
 async def find(path: str, method: str = "GET") -> tuple[str, dict[str, str]]:
     scope = {"type": "http", "method": method, "path": path}
-    await SHORTCUTS(scope, receive, send)
+    await INDEX(scope, receive, send)
     found: tuple[str, dict[str, str]] = scope["found"]  # type: ignore[assignment]
     return found
 

@@ -59,6 +59,6 @@ def _trace(sent: bytes) -> Mapping[str, str]:
     return {"trace_id": found["trace"].decode(), "span_id": found["span"].decode()}
 
 
-def set_current(scope: Scope) -> None:
+def set_current_request(scope: Scope) -> None:
     """Let what this task logs from now on name this request."""
     current_request.set(HttpContext(scope))
