@@ -17,7 +17,7 @@ from tokenauth.errors import Overloaded, RetryLater
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import ADMIN, Identity, Token
 from tokenauth.tokens import Tokens
-from tokenauth.watcher import STATUS_TOPIC, Topic, Watcher
+from tokenauth.topic_watcher import STATUS_TOPIC, Topic, Watcher
 
 MAX_STREAMS = 1000
 """Maximum number of clients of one worker."""

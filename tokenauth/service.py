@@ -25,7 +25,7 @@ from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 from tokenauth.throttle import Throttle
 from tokenauth.tokens import Tokens
-from tokenauth.watcher import Watcher
+from tokenauth.topic_watcher import Watcher
 
 
 class Service(NamedTuple):

@@ -16,7 +16,7 @@ from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, Token
 from tokenauth.revocation_queue import RevocationQueue
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
-from tokenauth.uses import Uses
+from tokenauth.token_uses import Uses
 
 LIST_LIMIT = 1000
 """Maximum number of tokens in one listing."""

@@ -20,7 +20,7 @@ from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.models import CountUpdate, Pool, Use
-from tokenauth.stores import circuit
+from tokenauth.stores import circuit_breaker
 from tokenauth.stores.engine import Change, Transaction
 from tokenauth.stores.sqlite import writer as sqlite
 from tokenauth.stores.sqlite.engine import SqliteEngine
@@ -81,7 +81,7 @@ READS: Mapping[str, Operation] = {
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the timeouts, so that the tests are quick."""
     for name, seconds in {"SLOW": 0.1, "TIMEOUT": 2.0, "PROBE_TIMEOUT": 0.5, "PAUSE": 0.05}.items():
-        monkeypatch.setattr(circuit, name, seconds)
+        monkeypatch.setattr(circuit_breaker, name, seconds)
     monkeypatch.setattr(sqlite, "_PROBE_BUSY_TIMEOUT", 50)
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 300)
     monkeypatch.setattr(sqlite, "_PRAGMAS", ("busy_timeout = 300", *sqlite._PRAGMAS[1:]))
@@ -228,7 +228,7 @@ async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> 
         await asyncio.sleep(0.05)
         waiting += [asyncio.ensure_future(refused(filled, operation)) for operation in WRITES.values()]
         await asyncio.gather(*waiting)
-        assert monotonic() - began < circuit.TIMEOUT + 0.5
+        assert monotonic() - began < circuit_breaker.TIMEOUT + 0.5
     await ready_again(filled)
 
 
@@ -371,7 +371,7 @@ async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)
 async def test_a_refused_waiting_write_is_not_written_later(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller got an error; here it waits for the lock longer than for an answer."""
-    monkeypatch.setattr(circuit, "TIMEOUT", 0.15)
+    monkeypatch.setattr(circuit_breaker, "TIMEOUT", 0.15)
     place = await places.open()
     async with locked(place):
         await refused(place, WRITES["tokens.issue"])
@@ -400,7 +400,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places) -
         assert max([await refused(place, operation) for operation in WRITES.values()]) < AT_ONCE
         for operation in READS.values():
             await operation(place)
-        assert await stuck == pytest.approx(circuit.TIMEOUT, abs=0.5)
+        assert await stuck == pytest.approx(circuit_breaker.TIMEOUT, abs=0.5)
         os.write(write, b"x")
         await ready_again(place)
     os.close(read)

@@ -10,7 +10,7 @@ from tokenauth.request_context import current_request
 from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.stores.postgres.lookup import Lookup
-from tokenauth.watcher import Watcher
+from tokenauth.topic_watcher import Watcher
 from tokenauth.web.http_context import set_current_request
 
 

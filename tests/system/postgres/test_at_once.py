@@ -17,7 +17,7 @@ from tests.support.suspended import suspended
 from tests.system.postgres.nodes import Nodes, busy, connected, fetch, fresh, nodes
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import CountUpdate, LeaseCheck, Pool, Token, Use
-from tokenauth.stores import circuit
+from tokenauth.stores import circuit_breaker
 from tokenauth.stores.changes.pools import pool_lock
 from tokenauth.stores.postgres.transaction import SERVER_CLOCK, advisory_key
 from tokenauth.stores.store import Store
@@ -235,7 +235,7 @@ async def test_uses_wait_for_no_row_that_others_have_locked(three: Nodes, url: s
 
 async def test_nothing_is_made_after_the_503(three: Nodes, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends are frozen before they read the statements, and go on when the clients have been answered."""
-    monkeypatch.setattr(circuit, "TIMEOUT", 0.3)
+    monkeypatch.setattr(circuit_breaker, "TIMEOUT", 0.3)
     pool, other_pool = Pool("p", 60), Pool("q", 60)
     first, second, revoked, other = token(0), token(len(USERS)), token(1), token(2)
     await three[0].tokens.issue(revoked, 0, START)

@@ -21,7 +21,7 @@ from tokenauth.stores.batching import Batch, ChangeKind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
 from tokenauth.stores.changes.request_rows import keep_places
 from tokenauth.stores.changes.tokens import REVOCATION_LOCK
-from tokenauth.stores.circuit import Circuit
+from tokenauth.stores.circuit_breaker import Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate

@@ -15,7 +15,7 @@ from tokenauth.logs import log, safe_traceback
 from tokenauth.models import DATABASE_LOST, Failures, Instant, ServedDatabase, Token
 from tokenauth.stores import schema
 from tokenauth.stores.changes.clock import SaveTime
-from tokenauth.stores.circuit import Circuit
+from tokenauth.stores.circuit_breaker import Circuit
 from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
 from tokenauth.stores.sqlite import files
 from tokenauth.stores.sqlite.reader import ERRORS, Reader

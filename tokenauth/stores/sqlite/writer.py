@@ -24,7 +24,7 @@ from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
 from tokenauth.stores.changes.request_rows import keep_places
-from tokenauth.stores.circuit import PROBE_TIMEOUT, Circuit
+from tokenauth.stores.circuit_breaker import PROBE_TIMEOUT, Circuit
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.files import abandoned_wal, existing, file_size, find_problem
 from tokenauth.stores.sqlite.reader import ERRORS, reason

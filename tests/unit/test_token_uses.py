@@ -9,13 +9,13 @@ from tests.contract.conftest import token
 from tests.support.journal import locked
 from tests.support.servers import START
 from tests.support.services import Opener
-from tokenauth import uses
+from tokenauth import token_uses
 from tokenauth.errors import InvalidToken, NotRenewable, StoreUnavailable
 from tokenauth.login_queue import never_disconnected
 from tokenauth.models import Instant, IssuedToken, Token, Use
 from tokenauth.service import Service
 from tokenauth.settings import loader
-from tokenauth.uses import Uses
+from tokenauth.token_uses import Uses
 
 IDLE, TTL = 400, 3600
 SLIDING = f"idle = {IDLE}\nttl = {TTL}"
@@ -100,7 +100,7 @@ async def test_uses_of_many_tokens_share_a_commit(opener: Opener, monkeypatch: p
     for _ in range(3):
         for one in issued:
             assert await use(service, one) is not None
-    monkeypatch.setattr(uses, "BATCH", 20)
+    monkeypatch.setattr(token_uses, "BATCH", 20)
     await service.tokens.uses.flush()
     await service.tokens.uses.flush()
     assert sorted(written) == [10, 20]
@@ -110,7 +110,7 @@ async def test_uses_of_many_tokens_share_a_commit(opener: Opener, monkeypatch: p
 async def test_a_use_shortly_before_the_end_is_written_at_once(opener: Opener) -> None:
     service = await opener.open(SLIDING)
     early, late = await log_in(service), await log_in(service)
-    opener.now = early.token.expires_at - 2 * uses.MAX_INTERVAL
+    opener.now = early.token.expires_at - 2 * token_uses.MAX_INTERVAL
     assert await use(service, early) is not None
     assert service.tokens.uses._timer is not None
     assert service.tokens.uses._timer.when() > asyncio.get_running_loop().time() + 1, "not urgent yet"
@@ -218,7 +218,7 @@ async def test_what_has_ended_elsewhere_is_not_revived(opener: Opener, how: str)
 
 async def test_no_more_uses_are_held_than_the_limit(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tokens whose uses are held, later ones still are."""
-    monkeypatch.setattr(uses, "MAX_NOTES", 2)
+    monkeypatch.setattr(token_uses, "MAX_NOTES", 2)
     service = await opener.open(SLIDING)
     held = Uses(service.store.tokens, lambda: opener.now, IDLE)
     tokens = [token(number, max_expires_at=int(START) + TTL) for number in range(3)]
