@@ -23,7 +23,7 @@ from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
     from tokenauth.service import Service
-    from tokenauth.settings.model import PasswordSettings
+    from tokenauth.settings.model import PasswordSettings, Settings
 
 T = TypeVar("T")
 
@@ -99,10 +99,9 @@ def record_change(event: str, config_file: str | None, **fields: object) -> None
 def append_to_audit_log(config_file: str | None, event: Mapping[str, object]) -> None:
     """Write an event into the audit log, if there is one. If that fails, say so: what was done stays."""
     from tokenauth.audit.log import append_now, find_problem
-    from tokenauth.settings import loader
 
     try:
-        settings = loader.load(loader.find(config_file)).audit
+        settings = load_settings(config_file).audit
         append_now(settings, event)
     except ConfigError as error:
         reason = str(error)
@@ -125,6 +124,13 @@ def program() -> str:
 def options(config_file: str | None) -> str:
     """Return the options, after a blank, that another command needs to use the same configuration."""
     return "" if config_file is None else f" -c {shlex.quote(config_file)}"
+
+
+def load_settings(config_file: str | None) -> "Settings":
+    """Return the settings of the configuration. Raises ConfigError."""
+    from tokenauth.settings import loader
+
+    return loader.load(loader.find(config_file))
 
 
 def config_path(config_file: str | None) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tokenauth.cli.base import config_option, count, json_option, print_json
+from tokenauth.cli.base import config_option, count, json_option, load_settings, print_json
 from tokenauth.errors import ConfigError, CopyError
 from tokenauth.logs import printable
 
@@ -46,7 +46,7 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
     """
     from tokenauth.settings.model import DatabaseSettings
 
-    origin = DatabaseSettings(url=source) if source is not None else _configured(config_file)
+    origin = DatabaseSettings(url=source) if source is not None else load_settings(config_file).database
     began = time.monotonic()
     with _progress() as on_progress:
         try:
@@ -70,12 +70,6 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
             err=True,
         )
         click.get_current_context().exit(_IN_USE)
-
-
-def _configured(config_file: str | None) -> "DatabaseSettings":
-    from tokenauth.settings import loader
-
-    return loader.load(loader.find(config_file)).database
 
 
 async def copy_database(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import click
 
@@ -59,7 +59,7 @@ class Finding(NamedTuple):
     line: int | None = None
 
 
-def diagnose(config_file: str | None, as_json: bool) -> None:
+def diagnose(config_file: str | None, as_json: bool) -> NoReturn:
     """Print what all checks find, and end with the exit status."""
     path = loader.find(config_file)
     findings = list(_examine(path))

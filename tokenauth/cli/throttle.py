@@ -11,6 +11,7 @@ from tokenauth.cli.base import (
     config_option,
     config_path,
     json_option,
+    load_settings,
     record_change,
     show,
     utf8,
@@ -65,11 +66,10 @@ def throttle_clear(config_file: str | None, who: str, address: str | None) -> No
     /48. Exit with 1 if nothing was counted.
     """
     from tokenauth.addresses import is_address, network, read_range
-    from tokenauth.settings import loader
     from tokenauth.settings.model import canonical
 
     name, addresses = canonical(utf8(who)), read_range(who)
-    if name in loader.load(loader.find(config_file)).users_by_name:
+    if name in load_settings(config_file).users_by_name:
         if address is not None and not is_address(address):
             raise click.BadParameter("must be an IP address.", param_hint="--from")
         listed = [] if address is None else [address]

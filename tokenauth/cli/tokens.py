@@ -164,62 +164,6 @@ def tokens_scan(
     context.exit(_FOUND if rows else 1 if unreadable else 0)
 
 
-def _row(token: "Token", status: str) -> dict[str, Any]:
-    return {
-        "id": token.id,
-        "username": token.username,
-        "status": status,
-        "kind": token.kind,
-        "name": token.name,
-        "scopes": None if token.scopes is None else list(token.scopes),
-        "issued_at": int(token.issued_at),
-        "expiry_time": token.expires_at,
-        "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
-        "address": token.address,
-        "user_agent": token.user_agent,
-    }
-
-
-def _show(rows: list[dict[str, Any]], as_json: bool, what: str) -> None:
-    """Print tokens. A table always says what is known of their last use: an operator looks for it after a leak."""
-    from tokenauth.user_agents import short_name
-
-    if not as_json:
-        for row in rows:
-            row["user_agent"] = short_name(row["user_agent"])
-            row["last_used_at"] = row["last_used_at"] or "not noted"
-            if row["status"] == "valid":
-                row["status"] = None
-    show(rows, as_json, what, instants=("issued_at", "expiry_time", "last_used_at"))
-
-
-async def _find_in(tokens: "Tokens", file: str) -> tuple[dict[str, tuple["Token", str]], list[str]]:
-    """Find the tokens in a file of any size, by id. Also say why the rest of it cannot be read, if so."""
-    found: dict[str, tuple[Token, str]] = {}
-    try:
-        with click.open_file(file, "rb") as stream:
-            before = b""
-            while part := stream.read(_PART):
-                found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
-                before = (before + part)[-_OVERLAP:]
-    except OSError as error:
-        return found, [f"{file}: cannot be read: {error.strerror}."]
-    return found, []
-
-
-def _requester() -> "Requester":
-    from tokenauth.named_tokens import Requester
-
-    return Requester(user_agent="tokenauth command")
-
-
-def _print_issued(issued: "IssuedToken") -> None:
-    click.echo(issued.value)
-    if sys.stderr.isatty():
-        end = f"{datetime.fromtimestamp(issued.token.expires_at, UTC):%Y-%m-%d %H:%M:%S}Z"
-        click.echo(f"It is valid until {end}, and cannot be shown again. Its id is {issued.token.id}.", err=True)
-
-
 @tokens.command("revoke", epilog="Examples: tokenauth tokens revoke --user ann --leases; tokenauth tokens revoke --all")
 @config_option
 @click.option("--user", "username", metavar="NAME", help="All tokens of this user.")
@@ -333,3 +277,59 @@ def _describe_rest(leases: int) -> str:
     if not leases:
         return ""
     return f" {leases} leases go on: --leases ends them." if leases > 1 else " 1 lease goes on: --leases ends it."
+
+
+def _row(token: "Token", status: str) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "username": token.username,
+        "status": status,
+        "kind": token.kind,
+        "name": token.name,
+        "scopes": None if token.scopes is None else list(token.scopes),
+        "issued_at": int(token.issued_at),
+        "expiry_time": token.expires_at,
+        "last_used_at": None if token.last_used_at is None else int(token.last_used_at),
+        "address": token.address,
+        "user_agent": token.user_agent,
+    }
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool, what: str) -> None:
+    """Print tokens. A table always says what is known of their last use: an operator looks for it after a leak."""
+    from tokenauth.user_agents import short_name
+
+    if not as_json:
+        for row in rows:
+            row["user_agent"] = short_name(row["user_agent"])
+            row["last_used_at"] = row["last_used_at"] or "not noted"
+            if row["status"] == "valid":
+                row["status"] = None
+    show(rows, as_json, what, instants=("issued_at", "expiry_time", "last_used_at"))
+
+
+async def _find_in(tokens: "Tokens", file: str) -> tuple[dict[str, tuple["Token", str]], list[str]]:
+    """Find the tokens in a file of any size, by id. Also say why the rest of it cannot be read, if so."""
+    found: dict[str, tuple[Token, str]] = {}
+    try:
+        with click.open_file(file, "rb") as stream:
+            before = b""
+            while part := stream.read(_PART):
+                found |= {token.id: (token, status) for token, status in await tokens.find_in(before + part)}
+                before = (before + part)[-_OVERLAP:]
+    except OSError as error:
+        return found, [f"{file}: cannot be read: {error.strerror}."]
+    return found, []
+
+
+def _requester() -> "Requester":
+    from tokenauth.named_tokens import Requester
+
+    return Requester(user_agent="tokenauth command")
+
+
+def _print_issued(issued: "IssuedToken") -> None:
+    click.echo(issued.value)
+    if sys.stderr.isatty():
+        end = f"{datetime.fromtimestamp(issued.token.expires_at, UTC):%Y-%m-%d %H:%M:%S}Z"
+        click.echo(f"It is valid until {end}, and cannot be shown again. Its id is {issued.token.id}.", err=True)

@@ -9,6 +9,7 @@ from tokenauth.cli.base import (
     config_option,
     config_path,
     json_option,
+    load_settings,
     new_hash,
     options,
     password_option,
@@ -23,9 +24,7 @@ _STAYS = "Existing logins stay valid until you reload"
 
 def _say_saved(config_file: str | None, until: str) -> None:
     """Say when a running server uses the new file; `until` is what holds until a reload."""
-    from tokenauth.settings import loader
-
-    if loader.load(loader.find(config_file)).server.reload == "watch":
+    if load_settings(config_file).server.reload == "watch":
         click.echo("Saved. A running server uses it within a few seconds.")
     else:
         command = f"`{program()} reload{options(config_file)}`"
@@ -114,12 +113,9 @@ def user_remove(config_file: str | None, name: str) -> None:
 @json_option
 def user_list(config_file: str | None, as_json: bool) -> None:
     """List the users, their scopes and their files."""
-    from tokenauth.settings import loader
-
-    path = loader.find(config_file)
-    settings = loader.load(path)
+    settings = load_settings(config_file)
     rows: list[dict[str, object]] = [
-        {"username": user.username, "scopes": list(user.scopes), "origin": str(user.origin or path)}
+        {"username": user.username, "scopes": list(user.scopes), "origin": str(user.origin or config_path(config_file))}
         for user in settings.users_by_name.values()
     ]
     if not settings.users_file.path:

@@ -55,14 +55,13 @@ FIELDS: Mapping[str, str] = {
     "active": "Whether the token is valid.",
     "address": "The IP address that the login came from.",
     "available": "The number of free tokens.",
-    "manager": "Whether the user manages the pool.",
-    "by": "Who made the reservation.",
     "available_tokens": "The number of free tokens.",
+    "by": "Who made the reservation.",
     "capacity": "The maximum number of tokens, free and leased. Null: no limit.",
-    "csrf": "The hidden field of the form. It must be the value of the form's cookie.",
     "client_id": "A user name.",
     "client_secret": "The user's password.",
     "count": "The number of tokens.",
+    "csrf": "The hidden field of the form. It must be the value of the form's cookie.",
     "current": "Whether this is the token that was sent with the request.",
     "docs": "The page that shows this document.",
     "error": "A code for programs.",
@@ -78,49 +77,50 @@ FIELDS: Mapping[str, str] = {
     "grant_type": "Always `client_credentials`.",
     "health": "Where to ask whether the service can serve.",
     "holder": "Which job or machine holds the lease. Default: the user name.",
-    "leases": "The leases, all at once.",
-    "position": "The place in the waiting line. 1 is the next.",
-    "priority": "One point counts as one minute of waiting. More than 0 needs the scope that manages the pool.",
-    "request": "Your own id of the request, to repeat it safely.",
-    "requests": "The requests that wait, in order.",
-    "retry_after": "Seconds after which to send the request again.",
-    "since": "When it joined the line, in Unix seconds.",
-    "wait": "Seconds to wait for a free token. Without it the answer comes at once.",
-    "waiting": "The number of requests in the line.",
     "iat": "When the token was issued, in Unix seconds.",
     "id": "A public name of the token. It cannot be used to log in.",
     "issued_at": "When the token was issued, in Unix seconds.",
-    "kind": "`login`, or `named` for a token that was made for a program.",
     "jti": "The `id` of the token.",
+    "kind": "`login`, or `named` for a token that was made for a program.",
     "labels": "Labels of a member of a pool. A request wants one that has all of them.",
     "last_used_at": "When its last use was noted, in Unix seconds. Null: none was yet.",
     "lease_expiry_time": "When the lease ends, in Unix seconds.",
     "leased": "The number of leased tokens.",
-    "login": "The login page for people. Absent: there is none.",
     "leased_at": "When the lease started, in Unix seconds.",
+    "leases": "The leases, all at once.",
+    "login": "The login page for people. Absent: there is none.",
+    "manager": "Whether the user manages the pool.",
     "max_expiry_time": "The latest time to which use, or keeping alive, can extend it, in Unix seconds.",
     "name": "The name of a token, a pool, or a member of a pool. Null: the token is a login.",
-    "note": "A remark for people.",
-    "overlap": "How long the old token stays valid. Default: 0.",
-    "openapi": "This document.",
     "next": "The value of `after` for the next page. Null: this is the last page.",
-    "reservation": "Until when a member is not leased, except to one user.",
-    "reserved": "The number of members that are reserved, and not leased.",
-    "revoked": "The number of tokens that were revoked.",
+    "note": "A remark for people.",
+    "openapi": "This document.",
+    "overlap": "How long the old token stays valid. Default: 0.",
+    "position": "The place in the waiting line. 1 is the next.",
+    "priority": "One point counts as one minute of waiting. More than 0 needs the scope that manages the pool.",
     "rd": "Where the browser goes afterwards.",
     "remember": "Stay logged in.",
+    "request": "Your own id of the request, to repeat it safely.",
+    "requests": "The requests that wait, in order.",
+    "reservation": "Until when a member is not leased, except to one user.",
+    "reserved": "The number of members that are reserved, and not leased.",
+    "retry_after": "Seconds after which to send the request again.",
+    "revoked": "The number of tokens that were revoked.",
     "scope": "Scopes, separated by spaces.",
     "scopes": "What the user may do, and what a token is limited to. Null: it is not limited.",
     "service": "Always `tokenauth`.",
+    "since": "When it joined the line, in Unix seconds.",
+    "take": "With `force`: lease the token to me.",
     "throttled": "The logins that are refused for a while.",
     "token": "The value of the token.",
-    "take": "With `force`: lease the token to me.",
     "token_type_hint": "Ignored.",
     "ttl": "How long the token lives, or the lease lasts. Default: as the configuration says.",
     "until": "When it ends, in Unix seconds.",
     "user": "The user who holds the lease.",
-    "username": "The name of the user.",
     "user_agent": "The User-Agent header of the login.",
+    "username": "The name of the user.",
+    "wait": "Seconds to wait for a free token. Without it the answer comes at once.",
+    "waiting": "The number of requests in the line.",
 }
 """What fields of requests and answers mean."""
 
@@ -174,12 +174,7 @@ TOKEN = Section(
                     "text/plain",
                 ),
             ],
-            refusals=[
-                *JSON_BODY,
-                exceptions.ForeignOrigin,
-                errors.TooManyAttempts,
-                *STORE,
-            ],
+            refusals=[*JSON_BODY, exceptions.ForeignOrigin, errors.TooManyAttempts, *STORE],
         ),
         Operation(
             method="GET",
@@ -237,11 +232,7 @@ TOKEN = Section(
 
 _ID = "5f0c9be2a7d1438e6b90fa13"
 _WITHOUT_NUL = Annotated[str, schema_only(pattern=NO_NUL)]
-_USER = Parameter(
-    "user",
-    "Whose tokens; another user than yourself needs the scope `admin`.",
-    _WITHOUT_NUL,
-)
+_USER = Parameter("user", "Whose tokens; another user than yourself needs the scope `admin`.", _WITHOUT_NUL)
 
 _Kinds = Literal["login", "named", "all"]
 
@@ -654,13 +645,7 @@ _POOL_TOKEN = Parameter("token", "The value of a token of the pool.", str, _POOL
 _IN_POOL: Refusals = (errors.UnknownPool, errors.InsufficientScope)
 _MEMBER_NAME = Parameter("name", "The name of a member.", str, "pixel-8")
 _PHONES = Parameter("pool", "The name of a pool with members.", str, "phones")
-_LEASE = {
-    "token": _POOL_VALUE,
-    "holder": "build-7",
-    "fence": 1,
-    "expiry_time": _ISSUED_AT + 1800,
-    "expires_in": 1800,
-}
+_LEASE = {"token": _POOL_VALUE, "holder": "build-7", "fence": 1, "expiry_time": _ISSUED_AT + 1800, "expires_in": 1800}
 _MEMBER = {
     "token": _POOL_VALUE,
     "expiry_time": None,
@@ -704,14 +689,7 @@ POOLS = Section(
                 id="listPools",
                 title="List the pools",
                 text="Lists the pools that the user may use.",
-                answers=[
-                    Answer(
-                        200,
-                        "The pools.",
-                        pools.PoolsAnswer,
-                        {"pools": [_COUNTED]},
-                    )
-                ],
+                answers=[Answer(200, "The pools.", pools.PoolsAnswer, {"pools": [_COUNTED]})],
             ),
             Operation(
                 method="POST",
@@ -887,9 +865,7 @@ POOLS = Section(
                     _POOL,
                     Parameter("after", "Where the page begins: the `next` of the page before."),
                     Parameter(
-                        "limit",
-                        "Tokens on a page. Default: 100.",
-                        Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)],
+                        "limit", "Tokens on a page. Default: 100.", Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
                     ),
                 ],
                 answers=[

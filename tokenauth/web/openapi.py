@@ -29,12 +29,7 @@ JSON_BODY: Sequence[type[errors.Refusal]] = (
 STORE: Sequence[type[errors.Refusal]] = (errors.Overloaded, errors.StoreUnavailable)
 """How an operation that reads or writes the database can refuse."""
 
-TOKEN_GUARD: Sequence[type[errors.Refusal]] = (
-    errors.InvalidRequest,
-    errors.TokenRequired,
-    errors.InvalidToken,
-    *STORE,
-)
+TOKEN_GUARD: Sequence[type[errors.Refusal]] = (errors.InvalidRequest, errors.TokenRequired, errors.InvalidToken, *STORE)
 """How an operation that requires a token can refuse a request before it looks at it."""
 
 NO_NUL = r"^[^\u0000]*$"

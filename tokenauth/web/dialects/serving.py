@@ -13,12 +13,7 @@ from tokenauth.service import Service
 from tokenauth.settings.dialects import DialectSettings
 from tokenauth.settings.model import Settings
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
-from tokenauth.web.dialects import (
-    random_token_generator,
-    simple_token_implement,
-    token_management_service,
-    token_pool,
-)
+from tokenauth.web.dialects import random_token_generator, simple_token_implement, token_management_service, token_pool
 from tokenauth.web.exceptions import ForeignOrigin
 from tokenauth.web.middleware import TokenMiddleware
 from tokenauth.web.openapi import Section

@@ -158,10 +158,7 @@ _OPERATIONS = [
         id="simpleTokenImplementCount",
         title="Count the free permits",
         text="Returns how many permits are free.",
-        answers=[
-            Answer(200, "The number of free permits.", AvailableAnswer, {"available_tokens": 1}),
-            _UNAUTHORIZED,
-        ],
+        answers=[Answer(200, "The number of free permits.", AvailableAnswer, {"available_tokens": 1}), _UNAUTHORIZED],
         refusals=_LATER,
         security=[_SCHEMES],
     ),

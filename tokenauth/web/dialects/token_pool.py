@@ -164,8 +164,5 @@ _OPERATIONS = [
 DOCUMENTATION = Section(
     name=NAME,
     text="Compatible with token-pool: UUIDs that are leased for a while. Each path also works with a slash at its end.",
-    operations=[
-        *_OPERATIONS,
-        *(replace(each, path=f"{each.path}/", id=f"{each.id}Slash") for each in _OPERATIONS),
-    ],
+    operations=[*_OPERATIONS, *(replace(each, path=f"{each.path}/", id=f"{each.id}Slash") for each in _OPERATIONS)],
 )

@@ -29,12 +29,7 @@ class HomeRoutes:
         """`show_logins` is the page that people get instead, if there is a login page."""
         docs, login = settings.server.docs, settings.browser.url and f"{settings.browser.origin}{LOGIN}"
         found = HomeAnswer(
-            "tokenauth",
-            "/readyz",
-            CONSOLE,
-            "/docs" if docs else None,
-            "/openapi.json" if docs else None,
-            login or None,
+            "tokenauth", "/readyz", CONSOLE, "/docs" if docs else None, "/openapi.json" if docs else None, login or None
         )
         self._answer = JSONResponse(found)
         self._page = _page(docs)

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from tokenauth import build
 from tokenauth.executor import Executor
 from tokenauth.gauges import Gauges
-from tokenauth.metrics import Key
 from tokenauth.models import ADMIN
 from tokenauth.risks import find_risks
 from tokenauth.service import Service
@@ -138,7 +137,8 @@ class StatusRoutes:
             return int(node.counts.get(key, [0])[0])
 
         def gauge(*key: str) -> int | None:
-            return _whole(gauges, key)
+            value = gauges.get(key)
+            return None if value is None else int(value)
 
         def flag(name: str) -> bool | None:
             value = gauges.get((name,))
@@ -185,8 +185,3 @@ class StatusRoutes:
                 found = find_risks(service.settings, service.passwords, service.node.config_file)
                 self._risks, self._risks_due = [RiskAnswer(*risk) for risk in found], time.monotonic() + _RISKS_FOR
         return self._risks
-
-
-def _whole(gauges: dict[Key, float], key: Key) -> int | None:
-    value = gauges.get(key)
-    return None if value is None else int(value)
