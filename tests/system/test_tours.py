@@ -70,7 +70,7 @@ def test_each_command_prints_what_is_shown(server: Server, tmp_path: Path, docum
     shown = commands(document)
     lines = ["API_PASSWORD=secret", LOG_IN]
     for number, (command, _) in enumerate(shown):
-        if command.startswith("LEASE="):  # here the README has logged out, and asks the reader to log in again
+        if command.startswith("LEASE="):  # here the README asks the reader to log in again
             lines.append(LOG_IN)
         lines.append(f"{{ {command}\n}} > {number}")
     script = "\n".join(lines).replace("http://localhost:8000", server.url).replace("localhost:8000", server.url)
