@@ -11,31 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
-    {
-        "models",
-        "waiting_line",
-        "clock",
-        "errors",
-        "values",
-        "nesting",
-        "addresses",
-        "logs",
-        "metrics",
-        "file_descriptors",
-    }
-    | {"file_locks", "user_agents", "request_context", "status"},
+    {"models", "waiting_line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics"}
+    | {"file_descriptors", "file_locks", "user_agents", "request_context", "status"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
-    {
-        "tokens",
-        "named_tokens",
-        "pools",
-        "waiting",
-        "credentials",
-        "throttle",
-        "revocation_queue",
-        "token_uses",
-        "risks",
-    },
+    {"tokens", "named_tokens", "token_uses", "pools", "waiting", "credentials", "throttle"}
+    | {"revocation_queue", "risks"},
     {"event_streams", "topic_watcher"},
     {"service", "sweeper", "gauges"},
     {"web"},
