@@ -24,6 +24,9 @@ START = 1_800_000_000.0
 OFFICE = "203.0.113.7"
 NEIGHBOUR = "203.0.113.200"
 
+_TYPOS = 0.03
+"""The share of users who mistype their password first."""
+
 
 class Outcome(NamedTuple):
     """The number of compared guesses, of refused correct logins, and of all correct logins."""
@@ -108,9 +111,7 @@ ATTACKS: dict[str, tuple[int, Guess | None]] = {
 """For each attack, the number of its networks, and its guesses."""
 
 
-async def simulate(
-    directory: Path, attack: str, users: int = 500, days: int = 1, typos: float = 0.03, known: bool = True
-) -> Outcome:
+async def simulate(directory: Path, attack: str, users: int = 500, known: bool = True) -> Outcome:
     """Let the users of an office log in between 9 and 10, some after a typo, while an attacker guesses all day.
 
     known: the users logged in from there on the day before.
@@ -125,18 +126,16 @@ async def simulate(
         begin = now[0]
         due: list[tuple[float, int, str, int]] = []
         order = count()
-        for day in range(days):
-            for number in range(users):
-                at = begin + day * DAY + 9 * 3600 + chance.random() * 3600
-                heapq.heappush(due, (at, next(order), "user", number))
+        for number in range(users):
+            heapq.heappush(due, (begin + 9 * 3600 + chance.random() * 3600, next(order), "user", number))
         networks, guess = ATTACKS[attack]
         for number in range(networks):
             heapq.heappush(due, (begin + number * 0.001, next(order), "guess", number))
-        while due and due[0][0] < begin + days * DAY:
+        while due and due[0][0] < begin + DAY:
             at, _, what, number = heapq.heappop(due)
             now[0] = max(now[0], at)
             if what == "user":
-                await tried.user(f"user{number}", OFFICE, chance.random() < typos)
+                await tried.user(f"user{number}", OFFICE, chance.random() < _TYPOS)
                 continue
             assert guess is not None
             wait = await tried.guess(*guess(number))

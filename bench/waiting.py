@@ -123,13 +123,7 @@ class WaitRows:
     def _idle(self) -> Iterator[Sampler]:
         """Measure the CPU time of the server in which many wait."""
         with self._crowd() as client:
-
-            def sample() -> Sample:
-                before, began = client.server.cpu_seconds(), time.perf_counter()
-                time.sleep(10)
-                return Sample((client.server.cpu_seconds() - before) / (time.perf_counter() - began) * 100)
-
-            yield sample
+            yield lambda: _share_of_core(client.server, 10)
 
     @contextmanager
     def _consoles(self) -> Iterator[Sampler]:
@@ -140,12 +134,14 @@ class WaitRows:
                 with closing(_Client(server, f"user{number % world.USERS}")) as console:
                     stack.enter_context(closing(console.open_events()))
 
-            def sample() -> Sample:
-                before, began = server.cpu_seconds(), time.perf_counter()
-                time.sleep(20)
-                return Sample((server.cpu_seconds() - before) / (time.perf_counter() - began) * 100)
+            yield lambda: _share_of_core(server, 20)
 
-            yield sample
+
+def _share_of_core(server: Running, seconds: float) -> Sample:
+    """Measure the CPU time of a server that is left alone, in percent of a core."""
+    before, began = server.cpu_seconds(), time.perf_counter()
+    time.sleep(seconds)
+    return Sample((server.cpu_seconds() - before) / (time.perf_counter() - began) * 100)
 
 
 class _Client:
