@@ -30,11 +30,6 @@ Row = tuple[int, PoolToken]
 MayUse = Callable[[LeaseRequest, PoolToken], bool]
 
 
-def find_turn(since: Instant, priority: int) -> Instant:
-    """Return the turn of a request: requests are served in the order of their turns."""
-    return since - POINT * priority
-
-
 def new_request(
     pool: Pool,
     username: str,
@@ -49,7 +44,7 @@ def new_request(
     number: int = LAST,
 ) -> LeaseRequest:
     """Return a request that waits since an instant."""
-    turn = find_turn(since, priority)
+    turn = since - POINT * priority
     terms = holder, count, priority, ttl, labels
     return LeaseRequest(number, pool.name, username, id, *terms, since, turn, kept_until)
 

@@ -641,7 +641,7 @@ class PoolStore:
             return PoolCounts(*pool.count(await self.members(pool, now), now)[:2])
         brief = pool.capacity is not None and pool.capacity <= _MAX_BRIEF_COUNT
         rows = await self._engine.read(pool_rows.COUNT, pool_rows.parameters(pool, now), brief)
-        return pool_rows.counts(*rows[0])
+        return pool_rows.as_pool_counts(*rows[0])
 
     async def list_tokens(self, pool: Pool, now: Instant, after: str, limit: int) -> Sequence[PoolToken]:
         """Return tokens ordered by value, at most `limit`, from the first value after `after`."""

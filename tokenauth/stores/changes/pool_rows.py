@@ -107,7 +107,7 @@ MEMBERS = (
 # of the form of which both databases make one range of the index
 _after_cursor = (_at >= bindparam("end"), or_(_at > bindparam("end"), _number > bindparam("number")))
 LEASES = _rows_by_range((*_taken, *_after_cursor), (*_retired, *_after_cursor))
-COUNT_RETIRED = select(_count(*_retired, _claimed).label("withheld"), SOMEONE_WAITS.label("someone_waits"))
+OBSTACLES = select(_count(*_retired, _claimed).label("withheld"), SOMEONE_WAITS.label("someone_waits"))
 _NEXT_END = select(_earliest(*_taken, _claimed), _earliest(*_retired, _claimed))
 # Nearly each lease, release and lapse changes one of these, and reading them costs the same for any number of tokens.
 ENDS = select(
@@ -223,7 +223,7 @@ class _Quotas(dict[str, int]):
         return quota
 
 
-def counts(free: int, leased: int, retired: int) -> PoolCounts:
+def as_pool_counts(free: int, leased: int, retired: int) -> PoolCounts:
     """Return how many tokens can be leased and how many are, from the numbers that COUNT selects."""
     return PoolCounts(max(0, free - retired), leased + retired)
 
@@ -259,9 +259,12 @@ class PoolRows:
         free, leased, retired = self._db.rows(COUNT, self._parameters)[0]
         return free, leased, retired
 
-    def retired(self) -> tuple[int, bool]:
-        """Count the retired tokens whose lease is live; also return whether anyone waits in line."""
-        count, someone_waits = self._db.rows(COUNT_RETIRED, self._parameters)[0]
+    def obstacles(self) -> tuple[int, bool]:
+        """Return what may keep free tokens from being leased: how many are withheld, and whether anyone waits in line.
+
+        One is withheld for each retired token whose lease is live.
+        """
+        count, someone_waits = self._db.rows(OBSTACLES, self._parameters)[0]
         return count, bool(someone_waits)
 
     def requests(self) -> RequestRows:
@@ -300,7 +303,7 @@ class PoolRows:
         if not own:
             return ()
         if new:
-            withheld, someone_waits = self.retired()
+            withheld, someone_waits = self.obstacles()
             free = self.leasable(wanted + (_AHEAD if someone_waits else 0), withheld)
         else:
             free, someone_waits = self._leasable_to_line(), True
@@ -326,7 +329,7 @@ class PoolRows:
         free, _, retired = self.counts()
         left = free - retired
         quotas = None if self.pool.per_user is None else _Quotas(self)
-        line = skip_hopeless(self.pool, self.requests().line()) if left > 0 and self.retired()[1] else ()
+        line = skip_hopeless(self.pool, self.requests().line()) if left > 0 and self.obstacles()[1] else ()
         for request in line:
             if quotas is not None and request.username:
                 if quotas[request.username] < request.count:

@@ -172,13 +172,13 @@ class Assign(PoolChange[Assignment]):
 
     @classmethod
     def make_in_pool(cls, rows: PoolRows, changes: Sequence[Self]) -> Sequence[Assignment]:
-        """Lease free tokens. For each retired token whose lease is live, one free token is withheld."""
-        (withheld, someone_waits), left = rows.retired(), None
+        """Lease free tokens, but none that is withheld."""
+        (withheld, someone_waits), left = rows.obstacles(), None
         if someone_waits or rows.pool.is_selective:
             return cls._share_out(rows, changes)
         if withheld:  # two transactions must not count what they withhold at the same time
             rows.lock_withheld()
-            withheld, _ = rows.retired()
+            withheld, _ = rows.obstacles()
         if any(change.counted for change in changes):
             left = max(0, rows.counts()[0] - withheld)
         found = rows.leasable(len(changes), withheld)

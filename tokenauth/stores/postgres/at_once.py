@@ -222,7 +222,7 @@ _in_pool = case((_of_pool, true()), else_=false())  # checked, but no reason to 
 
 def _assigned() -> Select[Any]:
     """Lease the tokens that have been free longest, unless somebody waits or tokens are withheld."""
-    obstacles = _at_that_time(pool_rows.COUNT_RETIRED).cte("obstacles")
+    obstacles = _at_that_time(pool_rows.OBSTACLES).cte("obstacles")
     none = select((obstacles.c.withheld == 0) & ~obstacles.c.someone_waits).scalar_subquery()
     free = _at_that_time(pool_rows.FREE_UNLOCKED).where(none).cte("free")
     # The rows are updated by number, so that there is only one plan to read them.
