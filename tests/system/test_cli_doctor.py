@@ -15,10 +15,11 @@ import pytest
 from tests.support.certificates import Certificate, make_certificate, make_expired
 from tests.support.journal import until
 from tests.support.ports import free_port
-from tests.support.servers import TOKENAUTH, serve, worker, write_config
+from tests.support.servers import ROOT, TOKENAUTH, serve, worker, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
+from tokenauth.cli import doctor
 from tokenauth.server.control import AVAILABLE
 from tokenauth.server.versions import KNOWN_UVICORN
 from tokenauth.stores.schema import HEAD
@@ -193,6 +194,19 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
     assert found["certificate"]["line"] == 5
     written(Certificate(made.certificate, tmp_path / "none"))
     assert "none cannot be read" in mistake(run(tmp_path, "check"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "section"),
+    [
+        ("it cannot be used: no host is the primary: a:5432 is a standby", "No host is the primary"),
+        ("store not writable: commits wait for a synchronous standby", "Commits wait for a standby"),
+        ("it cannot be used: ConnectionRefusedError", "The database restarts"),
+    ],
+)
+def test_a_problem_leads_to_its_section(problem: str, section: str) -> None:
+    assert f"### {section}\n" in (ROOT / "docs" / "production.md").read_text()
+    assert doctor._runbook(problem, "The database restarts") == f'docs/production.md, "{section}"'
 
 
 def test_a_locked_database_is_an_error(home: Path) -> None:

@@ -231,9 +231,7 @@ def _running(check: str, text: str, settings: ServerSettings) -> Finding:
     problem = ask(settings, "/readyz").get("reason")
     if problem is None:
         return Finding("ok", check, text)
-    return Finding(
-        "error", check, f"{text}, and is not ready: {problem}", 'docs/production.md, "When something happens"'
-    )
+    return Finding("error", check, f"{text}, and is not ready: {problem}", _runbook(problem, "When something happens"))
 
 
 def _is_tokenauth(settings: ServerSettings) -> bool:
@@ -285,6 +283,20 @@ def _disk(directory: Path) -> Finding:
     return Finding("warning" if low else "ok", "disk", text, fix if low else "")
 
 
+_SECTIONS = {
+    "database is locked": "The database is locked",
+    "no host is the primary": "No host is the primary",
+    "commits wait": "Commits wait for a standby",
+}
+"""What a problem has in its text, and the section of the document for it."""
+
+
+def _runbook(problem: str, otherwise: str) -> str:
+    """Name the section of the document that is about a problem of the database."""
+    section = next((section for words, section in _SECTIONS.items() if words in problem), otherwise)
+    return f'docs/production.md, "{section}"'
+
+
 def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Finding:
     """Tell a database that is not there yet from one that a server has used and that was moved."""
     from tokenauth.server.control import AVAILABLE, find_servers
@@ -301,10 +313,8 @@ def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
     from tokenauth.stores import schema
 
     if report.problem is not None:
-        section = "Backup" if sqlite else "The database restarts"
-        if sqlite and "locked" in report.problem:
-            section = "The database is locked"
-        return Finding("error", "database", f"{report.name}: {report.problem}", f'docs/production.md, "{section}"')
+        fix = _runbook(report.problem, "Backup" if sqlite else "The database restarts")
+        return Finding("error", "database", f"{report.name}: {report.problem}", fix)
     if report.schema is None:
         return Finding("ok", "database", f"{report.name} is empty; `serve` makes its tables")
     if schema.serves(report.schema):

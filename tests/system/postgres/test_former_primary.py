@@ -12,7 +12,7 @@ from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.nodes import nodes
 from tests.system.postgres.test_hosts import several
-from tokenauth.errors import StoreUnavailable
+from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
@@ -49,6 +49,18 @@ async def test_a_start_waits_for_a_promotion() -> None:
         await starting
         assert await store.ready() is None
         await store.stop(START)
+
+
+async def test_hosts_without_a_primary_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenauth.stores.postgres.engine._START_TIMEOUT", 0)
+    with two_servers() as (primary, standby, url), Proxy(standby.port) as silent:
+        silent.freeze()
+        primary.stop("immediate")
+        ports = primary.port, standby.port, silent.port
+        states = "refuses connections", "is a standby", "does not answer"
+        places = ", ".join(f"127.0.0.1:{port} {state}" for port, state in zip(ports, states, strict=True))
+        with pytest.raises(StartError, match=f"cannot be used: no host is the primary: {places}$"):
+            await open_store(DatabaseSettings(several(url, *ports)), 10).start()
 
 
 async def test_a_woken_former_primary_is_not_asked() -> None:

@@ -4,22 +4,26 @@ import asyncio
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from tests.contract.conftest import token
 from tests.support.connections import LOGIN, Connection
 from tests.support.history import HandTime
 from tests.support.journal import until
 from tests.support.postgres import Cluster, cluster
 from tests.support.races import POOLS, run_race
-from tests.support.servers import HandClock, starting, worker
+from tests.support.servers import START, HandClock, starting, worker
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, check_log, is_outage, postgres_config, two_workers
+from tests.system.postgres.nodes import nodes
+from tokenauth.errors import StoreUnavailable
 from tokenauth.settings.model import DatabaseSettings
-from tokenauth.stores.open import open_store
+from tokenauth.stores.open import examine, open_store
+from tokenauth.stores.store import Store
 
 LEASE_TTL = 30.0
 PASSWORD = "correct-horse-battery"
@@ -240,3 +244,30 @@ def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str
     clock = HandClock(tmp_path / "clock", create=True)
     with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:
         run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)
+
+
+@pytest.mark.extended
+async def test_a_missing_synchronous_standby_is_named() -> None:
+    with cluster(fsync=False) as primary:
+        url = primary.create("tokenauth")
+        async with nodes(url) as (store,):
+            primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
+            primary.execute("SELECT pg_reload_conf()")
+            until(lambda: primary.execute("SHOW synchronous_standby_names") == [("gone",)], "the setting is used")
+            with pytest.raises(StoreUnavailable):
+                await store.tokens.issue(token(1), 0, START)
+            assert await store.ready() == "store not writable: commits wait for a synchronous standby"
+            assert (await examine(DatabaseSettings(url))).problem == "commits wait for a synchronous standby"
+            primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            primary.execute("SELECT pg_reload_conf()")
+            await _issue_soon(store)
+
+
+async def _issue_soon(store: Store) -> None:
+    """Issue a token as soon as the database can be written."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(StoreUnavailable):
+                await store.tokens.issue(token(2), 0, START)
+                return
+            await asyncio.sleep(0.02)

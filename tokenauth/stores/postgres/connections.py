@@ -79,6 +79,13 @@ _PROBE_WRITING = f"""
 """
 """Needs the locks that queries and changes need, so that it fails when those would hang. COMMIT follows."""
 
+_WAITS_FOR_STANDBY = """
+    SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state_change < clock_timestamp() - interval '1 s'
+"""
+"""Commits are released in their order, so a probe would wait, too. A role sees what its own connections wait for."""
+
+_NO_STANDBY = "commits wait for a synchronous standby"
+
 _CLOCK_INTERVAL = 1.0
 """Seconds between two updates of the clock row by one process."""
 
@@ -287,18 +294,25 @@ class Connections:
     async def _probe_writing(self) -> str | None:
         refused_for = self._writing.open_for()
         keeping = keep_places(refused_for, self._clock()) if refused_for else ""
-        return await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT")
+        return await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT", writes=True)
 
-    async def _probe(self, statements: str) -> str | None:
+    async def _probe(self, statements: str, writes: bool = False) -> str | None:
         """Run statements on a connection of their own; return what is wrong, if anything."""
         try:
             async with self.listening() as db:
+                if writes and await _waits_for_standby(db):
+                    return _NO_STANDBY
                 await db.execute(statements)
         except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
             return None  # it answers: the open connections will find out whether they still work
         except UNAVAILABLE as error:
             return reason(error)
         return None
+
+    async def standby_problem(self) -> str | None:
+        """Return that commits wait for a synchronous standby, if they do and this role may see it."""
+        async with self.listening() as db:
+            return _NO_STANDBY if await _waits_for_standby(db) else None
 
     def _on_unreachable(self) -> None:
         """Refuse changes too, and abort running operations: they will not be answered soon."""
@@ -387,6 +401,13 @@ class Connections:
             raise
 
 
+async def _waits_for_standby(db: hosts.Primary) -> bool:
+    """Return whether commits are waiting; False where that cannot be seen."""
+    with suppress(asyncpg.PostgresError):
+        return await db.execute(_WAITS_FOR_STANDBY) != "SELECT 0"  # one round trip
+    return False
+
+
 def driver(db: Connection) -> AdaptedConnection:
     """Return asyncpg's connection, as SQLAlchemy's `run_sync` takes it."""
     connection = db.connection.dbapi_connection
@@ -420,6 +441,8 @@ _TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
 
 
 def _is_slow(error: BaseException | None) -> bool:
+    if isinstance(error, hosts.NoPrimary):
+        return any(map(_is_slow, error.errors))
     return error is not None and (isinstance(error, _TOO_SLOW) or _is_slow(error.__cause__))
 
 
@@ -431,6 +454,8 @@ def reason(error: BaseException) -> str:
     """Return what is wrong, without the statement or any data."""
     while error.__cause__ is not None and not isinstance(error, OSError):
         error = error.__cause__
+    if isinstance(error, hosts.NoPrimary):
+        return str(error)
     if type(error) is asyncpg.InternalClientError:  # its words are about the states of the driver
         return "the connection was closed during an operation: PostgreSQL stops, or the network failed"
     words = (isinstance(error, OSError) and error.strerror) or (str(error.args[0]) if error.args else "")

@@ -16,6 +16,7 @@ from tokenauth.stores import schema
 from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.engine import Change, OnClockAdvance, Query, Rows, Values
 from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, driver, reason
+from tokenauth.stores.postgres.hosts import NoPrimary
 from tokenauth.stores.postgres.listener import DatabaseClock, Listener
 from tokenauth.stores.postgres.lookup import Lookup
 from tokenauth.stores.postgres.transaction import PostgresTransaction
@@ -116,6 +117,8 @@ class PostgresEngine:
 
 def _is_restarting(error: BaseException | None) -> bool:
     restarting = (asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched, ConnectionRefusedError)
+    if isinstance(error, NoPrimary):
+        return any(map(_is_restarting, error.errors))
     return error is not None and (isinstance(error, restarting) or _is_restarting(error.__cause__))
 
 

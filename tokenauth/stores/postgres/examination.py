@@ -21,6 +21,7 @@ async def examine(url: URL) -> DatabaseReport:
     try:
         await connections.check_encoding()
         await connections.read_once(lambda db: _read(db, report))
+        report.problem = report.problem or await connections.standby_problem()
     except (*UNAVAILABLE, StoreUnavailable, StartError, ValueError, OverflowError) as error:
         report.problem = f"it cannot be used: {reason(error)}"
     finally:

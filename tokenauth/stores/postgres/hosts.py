@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,15 @@ else:
     _Connection = asyncpg.Connection
 
 
+class NoPrimary(OSError):
+    """No host of a URL is the primary. The text says of each host what it is."""
+
+    def __init__(self, states: Sequence[str], errors: Sequence[BaseException]) -> None:
+        """Take what each host is, and why those could not be used to which no connection was opened."""
+        super().__init__(f"no host is the primary: {', '.join(states)}")
+        self.errors = errors
+
+
 class Primary(_Connection):
     """A connection to a server that says that it is the primary."""
 
@@ -82,7 +91,7 @@ class Primaries:
     async def connect(self, **arguments: Any) -> Primary:
         """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
 
-        Raises what the driver raises.
+        Raises what the driver raises for a single host, and NoPrimary if there are several, or the one is a standby.
         """
         arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
         places: list[dict[str, Any]] = [{}]
@@ -90,20 +99,17 @@ class Primaries:
             each = zip(arguments["host"], arguments["port"], strict=True)
             places = [{"host": host, "port": port} for host, port in each]
         limit = PATIENCE if self._newest else FIRST_PATIENCE
-        attempts = {asyncio.create_task(_connect({**arguments, **place})) for place in places}
+        attempts = {asyncio.create_task(_connect({**arguments, **place})): place for place in places}
         found: list[Primary] = []
         chosen: Primary | None = None
-        error: BaseException | None = None
         try:
-            waiting: set[asyncio.Task[Primary]] = attempts
+            waiting = {*attempts}
             while waiting:
                 patience = None if self._latest(found) is None else limit
                 done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
-                for attempt in done:
-                    error = attempt.exception() or error
-                    found += [] if attempt.exception() else [attempt.result()]
+                found += [attempt.result() for attempt in done if attempt.exception() is None]
                 for one in found:
                     self._newest[one.system] = max(one.timeline, self._newest.get(one.system, 0))
             chosen = self._latest(found)
@@ -112,11 +118,41 @@ class Primaries:
                 attempt.cancel()
                 attempt.add_done_callback(partial(_abort, chosen))
         if chosen is None:
-            raise error or OSError("the only primary was replaced by another, which does not answer")
+            states = {_place({**arguments, **place}): attempt.exception() for attempt, place in attempts.items()}
+            raise _no_primary(states)
         return chosen
 
     def _latest(self, found: Iterable[Primary]) -> Primary | None:
         return next((one for one in found if not self.is_former(one)), None)
+
+
+def _place(arguments: Mapping[str, Any]) -> str:
+    """Name a host and its port."""
+    host, port = arguments.get("host") or "its socket", arguments.get("port")
+    return f"{host}:{port}" if port else str(host)
+
+
+def _no_primary(states: Mapping[str, BaseException | None]) -> BaseException:
+    """Return the error of hosts, none of which is the primary. An error of None: it was, until another was promoted."""
+    errors = [error for error in states.values() if error is not None]
+    if len(states) == 1 and errors and not isinstance(errors[0], asyncpg.TargetServerAttributeNotMatched):
+        return errors[0]
+    return NoPrimary([f"{place} {_state(error)}" for place, error in states.items()], errors)
+
+
+def _state(error: BaseException | None) -> str:
+    """Say what a host is, of the error that it was refused for."""
+    match error:
+        case None:
+            return "is a former primary (make it a standby of the new one)"
+        case asyncpg.TargetServerAttributeNotMatched():
+            return "is a standby"
+        case ConnectionRefusedError():
+            return "refuses connections"
+        case TimeoutError():
+            return "does not answer"
+    words = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return f"cannot be used ({words.splitlines()[0][:100]})"
 
 
 PATIENCE = 0.1
