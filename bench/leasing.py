@@ -59,6 +59,14 @@ prefix = "/owned"
 """
 
 
+_DIALECTS = {
+    "permits": "simple-token-implement",
+    "uuids": "token-pool",
+    "bounded": "random-token-generator",
+    "owned": "token-management-service",
+}
+
+
 class LeaseRows:
     """The figures, and the database that they share."""
 
@@ -175,11 +183,3 @@ class LeaseRows:
         for pool in ("uuids", "bounded", "owned"):
             world.fill_pool(config, pool, (str(uuid.uuid4()) for _ in range(_SPARE)))
         return config
-
-
-_DIALECTS = {
-    "permits": "simple-token-implement",
-    "uuids": "token-pool",
-    "bounded": "random-token-generator",
-    "owned": "token-management-service",
-}

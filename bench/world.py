@@ -27,6 +27,15 @@ _TOKENAUTH = str(Path(sys.executable).with_name("tokenauth"))
 _TIMEOUT = 60
 
 
+INSERT_TOKEN = """
+    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+_INSERT = """
+    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
+"""
+
+
 def value(number: int) -> str:
     """Return the value of a token of the benchmark, by its number. load.lua does the same."""
     return f"{number:064d}"
@@ -85,15 +94,6 @@ def token_rows(
         origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")
         digest = sha256(value(number).encode()).digest()
         yield digest, f"user{user}", credentials[user], at, int(at) + 86400, *origin
-
-
-INSERT_TOKEN = """
-    INSERT INTO tokens (digest, username, credential, issued_at, expires_at, address, user_agent)
-    VALUES (?, ?, ?, ?, ?, ?, ?)
-"""
-_INSERT = """
-    INSERT INTO pool_tokens (pool, value, free_at, holder, fence, username, retired) VALUES (?, ?, ?, ?, ?, ?, 0)
-"""
 
 
 def fill_pool(config: Path, pool: str, values: Iterable[str], leased: bool = False) -> None:

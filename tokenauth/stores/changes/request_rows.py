@@ -25,6 +25,12 @@ from tokenauth.waiting_line import KEPT
 _PAGE = 100
 """Requests that one query reads of the line. Most often the first few take all free tokens."""
 
+_MAX_KEPT = 10_000
+"""Maximum number of places that are kept after an outage."""
+
+_NOTICED = 5.0
+"""Seconds in which an outage is noticed at the latest: the longest that an operation takes."""
+
 _number, _turn, _kept = pool_requests.c.number, pool_requests.c.turn, pool_requests.c.kept_until
 _limit: BindParameter[int] = bindparam("limit")
 _pool = pool_requests.c.pool == bindparam("name")
@@ -78,12 +84,6 @@ def keep_places(seconds: float, now: Instant) -> str:
     waited = f"granted_at IS NULL AND kept_until > {began!r} AND kept_until < {now + KEPT!r}"
     first = f"SELECT number FROM pool_requests WHERE {waited} ORDER BY turn, number LIMIT {_MAX_KEPT}"  # noqa: S608 - numbers
     return f"UPDATE pool_requests SET kept_until = {now + KEPT!r} WHERE {waited} AND number IN ({first})"  # noqa: S608
-
-
-_MAX_KEPT = 10_000
-
-_NOTICED = 5.0
-"""Seconds in which an outage is noticed at the latest: the longest that an operation takes."""
 
 
 def beyond(cursor: PlaceCursor) -> Mapping[str, object]:

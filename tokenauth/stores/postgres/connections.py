@@ -89,6 +89,14 @@ _NO_STANDBY = "commits wait for a synchronous standby"
 _CLOCK_INTERVAL = 1.0
 """Seconds between two updates of the clock row by one process."""
 
+_BAD_CHANGE = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""Errors caused by one bad change, not by a broken database."""
+
+_TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
+
+UNAVAILABLE = (exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""Errors after which it is unknown whether an operation was done."""
+
 
 class Connections:
     """The connections for queries and changes, and how to open one to listen on."""
@@ -428,26 +436,15 @@ def _abort(connection: AdaptedConnection, *_: object) -> None:
     connection.driver_connection.terminate()
 
 
-_BAD_CHANGE = (exc.DataError, exc.IntegrityError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-"""Errors caused by one bad change, not by a broken database."""
-
-
 def _is_refusal(error: BaseException) -> bool:
     """Return whether PostgreSQL has answered with this error: nothing was made."""
     return isinstance(error, asyncpg.PostgresError) and not isinstance(error, asyncpg.PostgresConnectionError)
-
-
-_TOO_SLOW = (TimeoutError, exc.TimeoutError, asyncpg.QueryCanceledError)
 
 
 def _is_slow(error: BaseException | None) -> bool:
     if isinstance(error, hosts.NoPrimary):
         return any(map(_is_slow, error.errors))
     return error is not None and (isinstance(error, _TOO_SLOW) or _is_slow(error.__cause__))
-
-
-UNAVAILABLE = (exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-"""Errors after which it is unknown whether an operation was done."""
 
 
 def reason(error: BaseException) -> str:

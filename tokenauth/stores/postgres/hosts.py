@@ -15,6 +15,16 @@ _OPTIONS = {"host", "port", "ssl", "prepared_statement_cache_size"}
 _SSL = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 """The values of `ssl`."""
 
+PATIENCE = 0.1
+"""Seconds that other hosts have to answer, too, when the first has: two may believe that they are the primary."""
+
+FIRST_PATIENCE = 1.0
+"""The same for the first connection of a process, which knows of no promotion yet."""
+
+_TIMELINE = """
+    SELECT system_identifier, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
+    FROM pg_control_system()
+"""
 
 _MAX_PORT = 65535
 _PORT = re.compile(r":(\d+)$", re.ASCII)
@@ -153,18 +163,6 @@ def _state(error: BaseException | None) -> str:
             return "does not answer"
     words = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return f"cannot be used ({words.splitlines()[0][:100]})"
-
-
-PATIENCE = 0.1
-"""Seconds that other hosts have to answer, too, when the first has: two may believe that they are the primary."""
-
-FIRST_PATIENCE = 1.0
-"""The same for the first connection of a process, which knows of no promotion yet."""
-
-_TIMELINE = """
-    SELECT system_identifier, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
-    FROM pg_control_system()
-"""
 
 
 async def _connect(arguments: dict[str, Any]) -> Primary:

@@ -14,6 +14,12 @@ LOCK = "-lock"
 
 _SUFFIXES = ("", "-wal", "-shm", "-journal", LOCK)
 
+_REMEDY = "run this as the user that owns the database, or change the owner with `chown`"
+
+_MAGIC = b"SQLite format 3\0"
+
+_ELSEWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+
 
 def find_problem(path: str) -> str | None:
     """Return why this user cannot open or create a database at an absolute path, or None."""
@@ -35,7 +41,7 @@ def _directory_problem(directory: str) -> str | None:
     try:
         mode = os.stat(directory).st_mode
     except PermissionError as error:
-        return f"the directory {directory} cannot be looked at: {error.strerror}; {_OWNER}"
+        return f"the directory {directory} cannot be looked at: {error.strerror}; {_REMEDY}"
     except OSError:
         return f"the directory {directory} does not exist; create it, or change database.url"
     return None if stat.S_ISDIR(mode) else f"{directory} is not a directory; change database.url"
@@ -52,7 +58,7 @@ def _file_problem(name: str) -> str | None:
         return f"{name} is not a regular file; move it away, or change database.url"
     if _allowed(name, os.R_OK | os.W_OK) or os.statvfs(name).f_flag & os.ST_RDONLY:
         return None
-    return f"{name} is not readable and writable for this user; {_OWNER}"
+    return f"{name} is not readable and writable for this user; {_REMEDY}"
 
 
 def _forbidden(directory: str, path: str) -> str | None:
@@ -61,13 +67,10 @@ def _forbidden(directory: str, path: str) -> str | None:
     Not asked while a server has it open: even where the disk has become read-only, users can then be reloaded.
     """
     if not _allowed(directory, os.W_OK | os.X_OK):
-        return f"the directory {directory} is not writable for this user; {_OWNER}"
+        return f"the directory {directory} is not writable for this user; {_REMEDY}"
     if os.path.exists(path) and not _allowed(path, os.R_OK | os.W_OK):
-        return f"{path} is not readable and writable for this user; {_OWNER}"
+        return f"{path} is not readable and writable for this user; {_REMEDY}"
     return None
-
-
-_OWNER = "run this as the user that owns the database, or change the owner with `chown`"
 
 
 def _allowed(path: str, mode: int) -> bool:
@@ -81,9 +84,6 @@ def is_database(path: str) -> bool:
     """
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) in {b"", _MAGIC}
-
-
-_MAGIC = b"SQLite format 3\0"
 
 
 def find_exposed(path: str) -> Iterator[str]:
@@ -134,9 +134,6 @@ def file_size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-_ELSEWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 
 
 def leads_elsewhere(error: OSError) -> bool:
