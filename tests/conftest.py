@@ -1,15 +1,18 @@
 """Fixtures that most tests need: a configuration, a clock, and workers."""
 
+import faulthandler
 import gc
 import os
 import signal
 import tempfile
+import time as times
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from time import monotonic
 
 import httpx
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from _pytest.runner import runtestprotocol
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
@@ -19,6 +22,10 @@ from tests.support.servers import HandClock, Server, worker, write_config
 from tests.support.standstill import StandstillWatch
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - pytest and tempfile make private directories there
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("longest_test", "Seconds that a test may take.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, default)
     if "not faults" in config.option.markexpr and "TMPDIR" not in os.environ and _has_room(_MEMORY):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
+    config.pluginmanager.register(_HangWatch(float(config.getini("longest_test"))))
 
 
 def _has_room(directory: Path) -> bool:
@@ -117,6 +125,31 @@ def _run_without_a_standstill(item: pytest.Item, nextitem: pytest.Item | None) -
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+
+
+class _HangWatch:
+    """Ends the process with the stacks of all threads when a test hangs.
+
+    As pytest's `faulthandler_timeout`, which starts a thread for each test: that takes a millisecond of CPU, more than
+    most tests. Here one thread watches the tests of some seconds, so the time may be a tenth shorter.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._started = -longest
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        now = times.monotonic()
+        if now > self._started + self._longest / 10:
+            self._started = now
+            stderr = item.config.stash[fault_handler_stderr_fd_key]
+            faulthandler.dump_traceback_later(self._longest, file=stderr, exit=True)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, nextitem: pytest.Item | None) -> None:
+        if nextitem is None:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
