@@ -119,9 +119,15 @@ def test_tokens_of_removed_users_end_with_the_answer(tmp_path: Path) -> None:
                 assert not connection.valid(token)
 
 
+def is_stopped(thread: Path) -> bool:
+    """Return whether a thread, a directory of /proc, is stopped: a signal to stop lets it end a system call."""
+    return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 def hang(pid: int, lock: Path) -> bool:
     """Stop a process, unless it has the lock of the database: then no new worker could start."""
     os.kill(pid, signal.SIGSTOP)
+    until(lambda: all(map(is_stopped, Path(f"/proc/{pid}/task").iterdir())), "all threads have stopped")
     with lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,8 +146,10 @@ def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
             done = reload(tmp_path)
         finally:
             os.kill(hanging, signal.SIGCONT)
-        assert (done.returncode, done.stderr) == (0, f"Warning: workers that still take requests: {hanging}\n")
-        assert server.events("reloaded")[-1]["busy"] == [hanging]
+        busy = server.events("reloaded")[-1]["busy"]
+        assert hanging in busy  # and on a very busy machine the other one, too
+        named = ", ".join(map(str, busy))
+        assert (done.returncode, done.stderr) == (0, f"Warning: workers that still take requests: {named}\n")
 
 
 def test_each_refusal_is_said_and_logged_once(tmp_path: Path) -> None:
