@@ -401,6 +401,7 @@ class Connections:
             if clock is not None:
                 write_clock(transaction, clock)
             plain.run_async(lambda connection: connection.execute("COMMIT"))
+            transaction.check_confirmed()
         except (*_BAD_CHANGE, LockConflict):
             _roll_back(db)
             raise

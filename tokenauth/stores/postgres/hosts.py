@@ -82,6 +82,14 @@ class Primary(_Connection):
     system = timeline = 0
     """The server's system identifier, which its standbys share, and its timeline; 0 if it does not tell them."""
 
+    unconfirmed = False
+    """Whether PostgreSQL has ended a commit's wait for synchronous standbys: they may lack it."""
+
+    def note(self, message: asyncpg.PostgresLogMessage) -> None:
+        """Note a warning. The text of this one, "canceling wait for synchronous replication", is translated."""
+        if message.server_source_function == "SyncRepWaitForLSN":
+            self.unconfirmed = True
+
 
 class Primaries:
     """Connects to the primary among the hosts of a URL.
@@ -167,6 +175,7 @@ def _state(error: BaseException | None) -> str:
 
 async def _connect(arguments: dict[str, Any]) -> Primary:
     connection: Primary = await asyncpg.connect(**arguments, connection_class=Primary)
+    connection.add_log_listener(lambda _, message: connection.note(message))
     try:
         connection.system, connection.timeline = await connection.fetchrow(_TIMELINE) or (0, 0)
     except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError):

@@ -116,8 +116,14 @@ class PostgresTransaction:
         each[-1]["clock"] = self._clock  # as in other transactions, its row is the last that is locked
         self.sent_at = boottime()
         rows = self.rows_each(statement, each)
+        self.check_confirmed()
         self.stepped = True
         return rows
+
+    def check_confirmed(self) -> None:
+        """Raise OSError if a commit was answered before the synchronous standbys had it: a failover would lose it."""
+        if self._connection.driver_connection.unconfirmed:
+            raise OSError("PostgreSQL has committed without its synchronous standbys")
 
     def timed(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query of `at_once` that reads the time."""
