@@ -169,11 +169,16 @@ class Circuit:
 
     async def _probe_until_it_works(self) -> None:
         try:
-            while (problem := await self._probe_once()) is not None:
-                self.open(problem)
-                self._probe_finished.set()
-                self._probe_failed()
-                await asyncio.sleep(PAUSE)
+            while True:
+                openings = self.openings
+                problem = await self._probe_once()
+                if problem is not None:
+                    self.open(problem)
+                    self._probe_finished.set()
+                    self._probe_failed()
+                    await asyncio.sleep(PAUSE)
+                elif openings == self.openings:  # a probe that began before it opened says nothing
+                    break
             self.problem = None
             if self._logged:
                 self._logged = False
