@@ -53,15 +53,12 @@ class Executor(Generic[Job, Result]):
         self._wakeup_pending = False
         self._start_failed = False
 
-    async def run(self, job: Job) -> Result:
-        """Run a job and return its result. Raises Overloaded when too many wait, or when no thread can be started.
+    def run(self, job: Job) -> asyncio.Future[Result]:
+        """Run a job; return the future of its result, which the caller may also end.
 
-        A cancelled caller's job keeps its place in the bound until it is done.
+        Raises Overloaded when too many wait, or when no thread can be started. The job of a caller that was cancelled
+        keeps its place in the bound until it is done.
         """
-        return await self.submit(job)
-
-    def submit(self, job: Job) -> asyncio.Future[Result]:
-        """Run a job; return the future of its result, which the caller may also end. Raises as `run` does."""
         if self._room <= 0:
             raise Overloaded
         if self._started < self._threads and not self._start():

@@ -63,11 +63,11 @@ async def test_a_cancelled_caller_keeps_its_place_until_the_end() -> None:
     """Otherwise a client that disconnects could make the server queue work without bound."""
     gate = threading.Event()
     executor: Executor[float, bool] = Executor(gate.wait, threads=1, queue=1)
-    waiting = [executor.submit(20) for _ in range(2)]
+    waiting = [executor.run(20) for _ in range(2)]
     for future in waiting:
         future.cancel()
     with pytest.raises(Overloaded):
-        executor.submit(20)
+        executor.run(20)
     gate.set()
     async with asyncio.timeout(20):
         while True:
@@ -108,7 +108,7 @@ import asyncio, threading
 from tokenauth.executor import Executor
 async def main():
     started = threading.Event()
-    Executor(lambda _: started.set() or threading.Event().wait(), threads=1).submit(None)
+    Executor(lambda _: started.set() or threading.Event().wait(), threads=1).run(None)
     await asyncio.to_thread(started.wait)
 asyncio.run(main())
 """

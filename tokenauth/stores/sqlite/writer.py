@@ -186,7 +186,7 @@ class SqliteWriter:
 
     def _submit(self, job: Callable[[], A]) -> asyncio.Future[A]:
         """Run something on the thread that is not blocked."""
-        return (self._spare if self._write_lock.blocked else self._thread).submit(job)
+        return (self._spare if self._write_lock.blocked else self._thread).run(job)
 
     async def _commit(self, batch: Batch) -> None:
         given_up = threading.Event()
