@@ -324,7 +324,8 @@ class Tokens:
         found = []
         for start in range(0, len(digests), _LOOKUP_BATCH):
             batch = digests[start : start + _LOOKUP_BATCH]
-            found += await asyncio.gather(*map(self._store.tokens.get, batch))
+            known = [token for token in await asyncio.gather(*map(self._store.tokens.get, batch)) if token is not None]
+            found += await asyncio.gather(*(self._store.tokens.find(token.id) for token in known))  # who asked for them
         now = self._clock()
         return [(token, self.status(token)) for token in found if token is not None and now < token.expires_at]
 

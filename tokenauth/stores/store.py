@@ -224,7 +224,10 @@ class TokenStore:
         return refusal
 
     async def get(self, digest: bytes) -> Token | None:
-        """Return the token with this digest, live or expired, unless it was revoked."""
+        """Return the token with this digest, live or expired, unless it was revoked.
+
+        It has no `address` and no `user_agent`: those are only in what `find` and the lists return.
+        """
         return self.cached(digest) or await self.look_up(digest)
 
     async def get_current(self, digest: bytes) -> Token | None:

@@ -60,16 +60,23 @@ tokens = Table(
     Index("tokens_by_name", "username", "name", sqlite_where=_IS_NAMED),
 )
 
-token_columns = [column for column in tokens.c if column is not tokens.c.number]
+_not_checked = (tokens.c.address, tokens.c.user_agent)
+checked_columns = [column for column in tokens.c if column is not tokens.c.number and column not in set(_not_checked)]
+"""The columns that decide whether a token is valid. `as_checked_token` reads them, in its order."""
+
+token_columns = [*checked_columns, *_not_checked]
 """The columns that `as_token` reads, in its order."""
 
 OPTIONAL_COLUMNS = [column.name for column in token_columns if column.nullable]
 PLAIN_COLUMNS = [column.name for column in token_columns if not column.nullable]
 
 
-def as_token(row: Sequence[Any]) -> Token:
-    """Make a token from a row. Thousands of tokens share their texts: interning keeps one copy of each in a cache."""
-    digest, username, credential, issued_at, expires_at, address, user_agent, name, scopes, latest, used_at = row
+def as_checked_token(row: Sequence[Any]) -> Token:
+    """Make a token for a cache, without `address` and `user_agent`, which would be a tenth of its memory.
+
+    Thousands of tokens share their texts: interning keeps one copy of each.
+    """
+    digest, username, credential, issued_at, expires_at, name, scopes, latest, used_at = row
     return Token._make(  # in half the time of a call of Token
         (
             digest,
@@ -79,12 +86,18 @@ def as_token(row: Sequence[Any]) -> Token:
             expires_at,
             latest,
             issued_at if used_at is None else used_at,
-            intern(address),
-            intern(user_agent),
+            "",
+            "",
             name,
             None if scopes is None else tuple(scopes.split()),
         )
     )
+
+
+def as_token(row: Sequence[Any]) -> Token:
+    """Make a token from a row, with all that is known of it."""
+    *checked, address, user_agent = row
+    return as_checked_token(checked)._replace(address=address, user_agent=user_agent)
 
 
 def token_row(token: Token) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from tokenauth.stores.sql import delete_oldest, elements
 from tokenauth.stores.tables import (
     OPTIONAL_COLUMNS,
     PLAIN_COLUMNS,
-    as_token,
+    as_checked_token,
+    checked_columns,
     revocations,
-    token_columns,
     token_row,
     tokens,
 )
@@ -177,7 +177,7 @@ def _note() -> Update:
 
 
 _NOTE = _note()
-_TOKEN = select(*token_columns).where(tokens.c.digest == bindparam("of", type_=LargeBinary()))
+_TOKEN = select(*checked_columns).where(tokens.c.digest == bindparam("of", type_=LargeBinary()))
 _PURGE = delete_oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
 
 
@@ -285,7 +285,7 @@ class NoteUses(Change[Mapping[bytes, Token]]):
         late = int(max(change.now for change in changes)) - LATE_USE
         uses = [use for change in changes for use in change.uses]
         db.execute_each(_NOTE, [{"of": use.digest, "late": late, **_values(use)} for use in uses])
-        found = map(as_token, db.rows_each(_TOKEN, [{"of": use.digest} for use in uses]))
+        found = map(as_checked_token, db.rows_each(_TOKEN, [{"of": use.digest} for use in uses]))
         return [{token.digest: token for token in found}] * len(changes)
 
 

@@ -20,7 +20,7 @@ from tokenauth.stores.postgres.hosts import NoPrimary
 from tokenauth.stores.postgres.listener import DatabaseClock, Listener
 from tokenauth.stores.postgres.lookup import Lookup
 from tokenauth.stores.postgres.transaction import PostgresTransaction
-from tokenauth.stores.tables import as_token, failures, marks, token_columns, tokens
+from tokenauth.stores.tables import as_checked_token, checked_columns, failures, marks, tokens
 
 A = TypeVar("A")
 V = TypeVar("V")
@@ -32,7 +32,7 @@ _START_PAUSE = 0.25
 """Seconds between two attempts to connect at a start."""
 
 _keys = any_(bindparam("keys", type_=ARRAY(LargeBinary)))
-_TOKENS = select(*token_columns).where(tokens.c.digest == _keys)
+_TOKENS = select(*checked_columns).where(tokens.c.digest == _keys)
 _FAILURES = select(failures.c.key, failures.c.count, failures.c.last_at).where(failures.c.key == _keys)
 _CLOCK = select(marks.c.at).where(marks.c.name == CLOCK)
 
@@ -54,7 +54,7 @@ class PostgresEngine:
         self.clock: Clock = clock or database_clock
         self.connections = Connections(url, connections, self.clock, clock is not None, database_clock.fresh)
         self.feed = Listener(self.connections, database_clock)
-        self._tokens = _lookup(self.connections, _TOKENS, as_token)
+        self._tokens = _lookup(self.connections, _TOKENS, as_checked_token)
         self._failures = _lookup(self.connections, _FAILURES, lambda row: Failures(row[1], row[2]))
 
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:

@@ -20,7 +20,7 @@ from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.engine import OnClockAdvance, Query, Rows, Values, ignore_clock
 from tokenauth.stores.sqlite import files
 from tokenauth.stores.sqlite.transaction import SqliteTransaction
-from tokenauth.stores.tables import as_token, marks, revocations, token_columns, tokens
+from tokenauth.stores.tables import as_checked_token, checked_columns, marks, revocations, tokens
 
 _TIMEOUT = 0.05
 """Seconds to wait where even SQLite's readers must: while a crashed process's log is recovered."""
@@ -31,7 +31,7 @@ def _sql(statement: Select[Any]) -> str:
     return str(statement.compile(dialect=sqlite.dialect(paramstyle="qmark")))
 
 
-_TOKEN = _sql(select(*token_columns).where(tokens.c.digest == ""))
+_TOKEN = _sql(select(*checked_columns).where(tokens.c.digest == ""))
 _LEASES = "SELECT * FROM pool_tokens WHERE pool = '' AND value = ''"
 _FAILURES = "SELECT key, count, last_at FROM failures WHERE key IN (%s)"
 _REVOKED = _sql(
@@ -88,7 +88,6 @@ class Reader:
     def _read_state(self) -> None:
         self._cursor = self._db.cursor()
         self._cursor.execute("PRAGMA query_only = ON")
-        self._cursor.execute("PRAGMA cache_size = -8000")  # KiB: the upper pages of a file of a million tokens
         self._transaction = SqliteTransaction(self._db)
         self._version = self._data_version()
         self._seq: int = self._cursor.execute(_LAST_SEQ).fetchone()[0] or 0
@@ -122,7 +121,7 @@ class Reader:
         if not self._has_snapshot:
             self._begin_snapshot()
         row = self._one(_TOKEN, bytearray(digest))  # of `bytes`, the driver would first look for an adapter
-        return None if row is None else as_token(row)
+        return None if row is None else as_checked_token(row)
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts of failed logins with one statement. Raises StoreUnavailable."""
