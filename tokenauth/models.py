@@ -105,6 +105,7 @@ class DatabaseReport:
     problem: why it cannot be read or written. schema: its revision; None if it is empty.
     written_at: the latest time written to it. network: the kind of its file system, if that is on another machine.
     clock_ahead: seconds by which the clock of its machine is ahead of this one's.
+    others: tables of other programs, if it has none of tokenauth's.
     """
 
     name: str
@@ -114,6 +115,7 @@ class DatabaseReport:
     written_at: float | None = None
     network: str | None = None
     clock_ahead: float = 0.0
+    others: Sequence[str] = ()
 
 
 class ServedDatabase(NamedTuple):

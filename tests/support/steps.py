@@ -72,7 +72,7 @@ class Direct(DirectEngine):
         self.connection = sqlite3.connect(path, isolation_level=None)
         self._engine = create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
         with self._engine.connect() as db:
-            schema.upgrade(db)
+            schema.upgrade(db, "steps.db")
             db.commit()
 
     async def read(self, query: Query, values: Values, brief: bool = False) -> Rows:

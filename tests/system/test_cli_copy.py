@@ -19,6 +19,7 @@ import pytest
 
 from tests.support import population
 from tests.support.journal import until
+from tests.support.postgres import Cluster
 from tests.support.processes import Forked
 from tests.support.servers import Server, log_in, probe, worker, write_config
 from tests.system.test_cli import mistake, run
@@ -225,9 +226,49 @@ def test_a_wrong_source_is_named(tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing.db", tmp_path / "empty.db"
     empty.touch()
     target = f"sqlite+aiosqlite:///{tmp_path}/b.db"
-    for path, problem in ((missing, "there is no database at"), (empty, "is empty: there is nothing to copy")):
+    for path, problem in (
+        (missing, "there is no database at"),
+        (empty, "it has no tables of tokenauth: there is"),
+    ):
         assert problem in mistake(run(tmp_path, "copy", "--from", f"sqlite+aiosqlite:///{path}", "--to", target))
     assert not (tmp_path / "b.db").exists()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_tables_of_another_program_are_refused(
+    tmp_path: Path, source: str, postgres: Cluster, database: str, kind: str
+) -> None:
+    target, name = (database, database.rpartition("/")[2])
+    if kind == "sqlite":
+        target = f"sqlite+aiosqlite:///{tmp_path}/b.db"
+        name = str(tmp_path / "b.db")
+    for table, taken in (("customers", ""), ("tokens", ", tokens")):
+        sql = f"CREATE TABLE {table} (number INTEGER)"
+        if kind == "sqlite":
+            with closing(sqlite3.connect(tmp_path / "b.db")) as db:
+                db.execute(sql)
+        else:
+            postgres.execute(sql, name)
+        shown = f"customers{taken}"
+        found = mistake(run(tmp_path, "copy", "--to", target))
+        assert found.endswith(f" has tables of another program, {shown}; use a database of its own"), found
+    config = tmp_path / "config.toml"
+    config.write_text(re.sub("(?m)^url = .*", f'url = "{target}"', config.read_text(), count=1))
+    clash = "has tables of another program, tokens"
+    found = mistake(run(tmp_path, "migrate", "--yes"))
+    assert found.startswith(f"the database {name}"), found
+    assert found.endswith(f" {clash}: use a database of its own"), found
+    lines = " ".join(run(tmp_path, "doctor").stdout.split())
+    assert f"{clash}, whose names tokenauth uses -> use a database of its own" in lines, lines
+
+
+def test_a_role_without_rights_is_told_what_it_needs(
+    tmp_path: Path, source: str, postgres: Cluster, database: str
+) -> None:
+    postgres.execute(f'ALTER DATABASE "{database.rpartition("/")[2]}" OWNER TO postgres')
+    found = mistake(run(tmp_path, "copy", "--to", database))
+    assert found.startswith("--to: the database ")
+    assert found.endswith('permission denied for schema public; docs/scaling.md, "Roles and rights", has the grants')
 
 
 def test_a_source_of_another_release_is_refused(tmp_path: Path, source: str) -> None:
@@ -263,7 +304,8 @@ def test_doctor_and_serve_name_an_unfinished_copy(tmp_path: Path, source: str) -
     assert "run the same `tokenauth copy` again to finish it" in " ".join(lines.split())
     done = run(tmp_path, "serve")
     assert done.returncode == 3
-    assert "the database is an unfinished copy of another database: run the same `tokenauth copy` again" in done.stderr
+    found = f"the database {tmp_path}/tokenauth.db is an unfinished copy of another database: run the same `tokenauth"
+    assert found in done.stderr
     assert "unfinished copy" in mistake(run(tmp_path, "tokens", "list"))
 
 

@@ -65,7 +65,7 @@ def test_the_required_revision_is_the_newest_migration() -> None:
 
 
 def test_the_migrations_build_the_declared_tables(db: Connection, wanted: Connection) -> None:
-    assert schema.upgrade(db) is None
+    assert schema.upgrade(db, "tokens.db") is None
     options = {"compare_type": True, "compare_server_default": True}
     assert compare_metadata(MigrationContext.configure(db, opts=options), metadata) == []
     assert statements(db) == statements(wanted)
@@ -73,9 +73,9 @@ def test_the_migrations_build_the_declared_tables(db: Connection, wanted: Connec
 
 def test_an_upgrade_logs_the_previous_revision(db: Connection) -> None:
     assert schema.version(db) is None
-    assert schema.upgrade(db) is None
+    assert schema.upgrade(db, "tokens.db") is None
     assert schema.version(db) == schema.HEAD
-    assert schema.upgrade(db) == schema.HEAD
+    assert schema.upgrade(db, "tokens.db") == schema.HEAD
 
 
 def upgrade_to(db: Connection, revision: str) -> None:
@@ -138,10 +138,10 @@ def test_a_downgrade_leaves_no_limited_token(db: Connection) -> None:
 
 
 def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
-    schema.upgrade(db)
+    schema.upgrade(db, "tokens.db")
     db.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StartError) as refusal:
-        schema.upgrade(db)
+        schema.upgrade(db, "tokens.db")
     assert "has schema 9999" in str(refusal.value)
     assert "a newer tokenauth has used it" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -149,14 +149,15 @@ def test_a_schema_of_a_newer_release_is_left_alone(db: Connection) -> None:
 
 
 def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
-    """The upgrade is one transaction. A table that exists already rolls everything back."""
+    """The upgrade is one transaction. An index that exists already rolls everything back."""
     path = tmp_path / "tokens.db"
     with closing(sqlite3.connect(path)) as other:
-        other.execute("CREATE TABLE failures (mine)")
-    with pytest.raises(OperationalError, match="table failures already exists"), connected(path) as db:
-        schema.upgrade(db)
+        other.execute("CREATE TABLE mine (number)")
+        other.execute("CREATE INDEX tokens_by_expiry ON mine (number)")
+    with pytest.raises(OperationalError, match="index tokens_by_expiry already exists"), connected(path) as db:
+        schema.upgrade(db, "tokens.db")
     with closing(sqlite3.connect(path)) as other:
-        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("failures",)]
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",), ("tokens_by_expiry",)]
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["no file", "an empty file"])

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _IN_USE = 3
 """Exit status of a copy that is not finished, since the source is in use."""
 
+_SHOWN = 5
+"""Number of tables of another program that a message names."""
+
 _INTERVAL = 10.0
 """Seconds between two lines about a table without a terminal."""
 
@@ -64,12 +67,17 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
     if report.in_use is not None:
         click.echo(
             printable(
-                f"Not finished: {report.source} is in use: {report.in_use}. Stop the server and run the same command"
-                " again: it copies what has changed."
+                f"Not finished: {report.source} is in use: {report.in_use}{_hint(report)}. Stop the server and run the"
+                " same command again: it copies what has changed."
             ),
             err=True,
         )
         click.get_current_context().exit(_IN_USE)
+
+
+def _hint(report: "CopyReport") -> str:
+    """Say how to find out which programs have the file of the source open."""
+    return f" (`fuser -v {report.source}` shows which)" if report.source.startswith("/") else ""
 
 
 async def copy_database(
@@ -96,7 +104,8 @@ async def _check_source(settings: "DatabaseSettings") -> None:
     if not report.exists:
         raise CopyError(f"--from: there is no database at {report.name}")
     if report.schema is None:
-        raise CopyError(f"--from: {report.name}: {report.problem or 'it is empty: there is nothing to copy'}")
+        problem = report.problem or "it has no tables of tokenauth: there is nothing to copy"
+        raise CopyError(f"--from: {report.name}: {problem}")
     if report.schema == schema.COPYING:
         raise CopyError(f"--from: {report.name} is {schema.UNFINISHED_COPY}; {schema.FINISH_COPY}")
     if report.schema != schema.HEAD:
@@ -123,6 +132,9 @@ async def _prepare_target(settings: "DatabaseSettings") -> None:
             raise CopyError(f"--to: {report.name}: {report.problem}")
         if report.schema is not None:
             raise CopyError(f"--to: {report.name} has tables of another release; copy to a new database")
+        if report.others:
+            tables = ", ".join(report.others[:_SHOWN]) + (", ..." if len(report.others) > _SHOWN else "")
+            raise CopyError(f"--to: {report.name} has tables of another program, {tables}; {schema.OWN_DATABASE}")
         store = open_store(settings, 1)
         try:
             await store.start()

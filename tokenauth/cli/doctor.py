@@ -316,7 +316,7 @@ def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
         fix = _runbook(report.problem, "Backup" if sqlite else "The database restarts")
         return Finding("error", "database", f"{report.name}: {report.problem}", fix)
     if report.schema is None:
-        return Finding("ok", "database", f"{report.name} is empty; `serve` makes its tables")
+        return _without_tables(report)
     if schema.serves(report.schema):
         usable = "readable" if full else "readable and writable"
         return Finding("ok", "database", f"{report.name} is {usable}, with schema {report.schema}")
@@ -326,6 +326,19 @@ def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
     if schema.is_newer(report.schema):
         return Finding("error", "database", text, "install the newer release that has upgraded it, or restore a backup")
     return Finding("warning", "database", text, f"back it up; `serve` and `migrate` upgrade it. {schema.STOP_FIRST}")
+
+
+def _without_tables(report: DatabaseReport) -> Finding:
+    from tokenauth.stores import schema
+
+    if taken := schema.taken_names(report.others):
+        text = f"{report.name} has tables of another program, {taken}, whose names tokenauth uses"
+        return Finding("error", "database", text, schema.OWN_DATABASE)
+    text = f"{report.name} has no tables of tokenauth; `serve` makes them"
+    if report.others:
+        more = f"{text}, beside {count(len(report.others), 'table')} of another program"
+        return Finding("warning", "database", more, f"{schema.OWN_DATABASE}, unless they shall share this one")
+    return Finding("ok", "database", text)
 
 
 def _clock(report: DatabaseReport) -> Finding:

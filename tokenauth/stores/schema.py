@@ -1,5 +1,6 @@
 """The version of a database's schema, and its upgrade."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from sqlalchemy import Connection, inspect, text
 
 from tokenauth.errors import StartError
 from tokenauth.logs import log
+from tokenauth.stores.tables import metadata
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -77,22 +79,33 @@ def version(db: Connection) -> str | None:
     return db.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def upgrade(db: Connection) -> str | None:
-    """Bring the schema up to date inside the caller's transaction; return the revision it had.
+def taken_names(others: Iterable[str]) -> str:
+    """Return the names, of tables of another program, that tokenauth's tables have, too; empty if there are none."""
+    return ", ".join(sorted(metadata.tables.keys() & others))
 
-    The caller has a lock that excludes other upgrades. Raises StartError if a newer release has upgraded it.
+
+OWN_DATABASE = "use a database of its own"
+
+
+def upgrade(db: Connection, name: str) -> str | None:
+    """Bring the schema of a database up to date inside the caller's transaction; return the revision it had.
+
+    The caller has a lock that excludes other upgrades. Raises StartError if a newer release has upgraded it, or another
+    program uses the names of its tables.
     """
     had = version(db)
     if serves(had):
         return had
     if had == COPYING:
-        raise StartError(f"the database is {UNFINISHED_COPY}: {FINISH_COPY}")
+        raise StartError(f"the database {name} is {UNFINISHED_COPY}: {FINISH_COPY}")
+    if had is None and (taken := taken_names([*inspect(db).get_table_names(), *inspect(db).get_view_names()])):
+        raise StartError(f"the database {name} has tables of another program, {taken}: {OWN_DATABASE}")
     from alembic import command  # only an upgrade needs it, and it costs every start 100 ms
 
     settings = migrations()
     if had is not None and had not in _revisions(settings):
         raise StartError(
-            f"the database has schema {had}, which this release does not know (it needs {HEAD}):"
+            f"the database {name} has schema {had}, which this release does not know (it needs {HEAD}):"
             " a newer tokenauth has used it; install that release, or restore an older backup"
         )
     settings.attributes["connection"] = db

@@ -139,5 +139,5 @@ def test_a_newer_generation_stops_old_workers(url: str, tmp_path: Path) -> None:
         with starting(config) as refused:
             assert refused.process.wait(60) != 0
             log = refused.log.read_text()
-        assert f"the database has schema {NEXT_GENERATION}, which this release does not know" in log
+        assert f" has schema {NEXT_GENERATION}, which this release does not know" in log
         assert "Traceback" not in log

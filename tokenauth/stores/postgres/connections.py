@@ -220,7 +220,7 @@ class Connections:
             await db.execute(_LOCK_SCHEMA)
             await db.execute(text("SET LOCAL lock_timeout = '500ms'"))
             await db.execute(text("SET LOCAL statement_timeout = 0"))
-            had = await db.run_sync(schema.upgrade)
+            had = await db.run_sync(schema.upgrade, self.name)
         if not schema.serves(had):
             schema.log_upgrade(had, self.name)
 

@@ -68,7 +68,8 @@ class PostgresEngine:
             await self.connections.discard()
             if not isinstance(error, (*UNAVAILABLE, StoreUnavailable, ValueError, OverflowError)):
                 raise
-            raise StartError(f"the database {self.connections.name} cannot be used: {reason(error)}") from None
+            grants = '; docs/scaling.md, "Roles and rights", has the grants' if _lacks_rights(error) else ""
+            raise StartError(f"the database {self.connections.name} cannot be used: {reason(error)}{grants}") from None
         self.feed.on_clock_advance = on_clock_advance  # not before: the caller compares its clock with the answer
         return 0.0 if row is None else float(row[0])
 
@@ -120,6 +121,13 @@ def _is_restarting(error: BaseException | None) -> bool:
     if isinstance(error, NoPrimary):
         return any(map(_is_restarting, error.errors))
     return error is not None and (isinstance(error, restarting) or _is_restarting(error.__cause__))
+
+
+def _lacks_rights(error: BaseException | None) -> bool:
+    return error is not None and (
+        isinstance(error, asyncpg.InsufficientPrivilegeError | asyncpg.InvalidSchemaNameError)
+        or _lacks_rights(error.__cause__)
+    )
 
 
 def _lookup(connections: Connections, query: Select[Any], from_row: Callable[[Sequence[Any]], V]) -> Lookup[V]:

@@ -11,6 +11,16 @@ from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, reason
 from tokenauth.stores.tables import marks
 
+_OTHERS = text("""
+    SELECT relname FROM pg_class
+    WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'f')
+    AND NOT EXISTS (
+        SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e'
+    )
+    ORDER BY relname
+""")
+"""Without tables of extensions."""
+
 _READ_ONLY = text("SELECT current_setting('transaction_read_only') = 'on', extract(epoch FROM clock_timestamp())")
 
 
@@ -22,7 +32,9 @@ async def examine(url: URL) -> DatabaseReport:
         await connections.check_encoding()
         await connections.read_once(lambda db: _read(db, report))
         report.problem = report.problem or await connections.standby_problem()
-    except (*UNAVAILABLE, StoreUnavailable, StartError, ValueError, OverflowError) as error:
+    except StartError as error:
+        report.problem = f"it {str(error).removeprefix(f'the database {report.name} ')}"
+    except (*UNAVAILABLE, StoreUnavailable, ValueError, OverflowError) as error:
         report.problem = f"it cannot be used: {reason(error)}"
     finally:
         await connections.discard()
@@ -35,6 +47,8 @@ def _read(db: Connection, report: DatabaseReport) -> None:
     if read_only:
         report.problem = "it cannot be written: it is a standby, or read-only"
     report.schema = schema.version(db)
-    if report.schema is not None:
+    if report.schema is None:
+        report.others = db.execute(_OTHERS).scalars().all()
+    else:
         row = db.execute(select(marks.c.at).where(marks.c.name == CLOCK)).first()
         report.written_at = None if row is None else float(row[0])

@@ -71,7 +71,7 @@ class SqliteSide(Side):
         if self._connect_exclusively():
             return None
         self._connect()
-        return _users(self.name)
+        return "another program has it open"
 
     async def find_users(self) -> str | None:
         return None  # nobody can open it
@@ -181,10 +181,6 @@ class SqliteSide(Side):
         if self._db is not None:
             self._db.close()
             self._db = None
-
-
-def _users(path: str) -> str:
-    return f"`fuser -v {path}` shows by which program"
 
 
 def _megabytes(size: int) -> str:

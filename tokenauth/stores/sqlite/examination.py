@@ -12,6 +12,8 @@ from tokenauth.stores.sqlite import files
 _TIMEOUT = 1.0
 """Seconds to wait for a lock."""
 
+_TABLES = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+
 _NETWORK = re.compile(r"nfs|cifs|smb|afs|9p|ceph|gluster|lustre|gfs|ocfs|sshfs|s3fs|davfs|virtiofs|vboxsf|prl_fs")
 
 
@@ -23,9 +25,11 @@ def examine(path: str) -> DatabaseReport:
     report = DatabaseReport(path, network=place)
     try:
         with closing(sqlite3.connect(files.existing(path), uri=True, timeout=_TIMEOUT, isolation_level=None)) as db:
-            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            tables = {name for (name,) in db.execute(_TABLES)}
             if "alembic_version" in tables:
                 [(report.schema,)] = db.execute("SELECT version_num FROM alembic_version").fetchall() or [(None,)]
+            else:
+                report.others = sorted(tables)
             if "marks" in tables:
                 rows = db.execute("SELECT at FROM marks WHERE name = ?", (CLOCK,)).fetchall()
                 report.written_at = rows[0][0] if rows else None

@@ -373,7 +373,7 @@ class SqliteWriter:
             raise self._missing()
         event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
         with engine.begin() as db:
-            return schema.upgrade(db)
+            return schema.upgrade(db, self.path)
 
     def _missing(self) -> StartError:
         return StartError(
