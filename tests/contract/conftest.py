@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.support.patience import be_patient
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tokenauth.models import Instant, Token
@@ -48,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.stem not in ENGINE_TESTS or (test in begun and item.path.stem != "test_outages"):
                 item.add_marker(pytest.mark.faults)
             begun.add(test)
+
+
+@pytest.fixture(autouse=True)
+def _patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a busy machine, except where the timeouts are tested."""
+    if request.path.stem != "test_outages":
+        be_patient(monkeypatch)
 
 
 @dataclass(frozen=True)

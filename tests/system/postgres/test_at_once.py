@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
+from tests.support.patience import be_patient
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.support.suspended import suspended
@@ -28,6 +29,11 @@ POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
 _FILL = "INSERT INTO revocations (digest, at) SELECT sha256(n::text::bytea), $1 FROM generate_series(1, 3000) AS n"
 _WAITING = "SELECT locktype FROM pg_locks WHERE NOT granted"
 USERS = [f"user{number}" for number in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
 
 
 @pytest.fixture
