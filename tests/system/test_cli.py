@@ -155,6 +155,7 @@ def test_check_reports_a_valid_configuration(home: Path) -> None:
     assert os.listdir(home) == ["config.toml"], "must create no file"
 
 
+@pytest.mark.extended
 def test_output_that_cannot_be_written_is_one_line(home: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
@@ -615,6 +616,7 @@ def test_check_refuses_what_serve_cannot_use(tmp_path: Path, name: str) -> None:
     assert name == "another file" or says.removeprefix("database.url: ") in served.stderr
 
 
+@pytest.mark.extended
 def test_check_refuses_a_directory_that_is_not_writable(home: Path) -> None:
     """As a service's user: without the capability with which root writes anywhere."""
     setpriv = shutil.which("setpriv")
@@ -673,6 +675,7 @@ def test_check_looks_at_the_file_that_serve_opens(tmp_path: Path, name: str) -> 
     assert f"{found} has mode 0666" in run(tmp_path, "check").stdout
 
 
+@pytest.mark.extended
 def test_check_refuses_a_port_that_needs_a_right(home: Path) -> None:
     config = home / "config.toml"
     config.write_text(f"server.port = 80\n{config.read_text()}")
@@ -721,6 +724,7 @@ def test_a_wrong_configuration_is_a_log_event_at_start(tmp_path: Path) -> None:
         assert ".toml: " in json.loads(line)["detail"]
 
 
+@pytest.mark.extended
 def test_output_is_escaped_where_it_cannot_be_shown(home: Path) -> None:
     latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
     assert "Saved." in script(home, *USER_ADD[:2], "жук", USER_ADD[3], stdin=WORD, **latin).stdout
@@ -729,7 +733,8 @@ def test_output_is_escaped_where_it_cannot_be_shown(home: Path) -> None:
     assert r"\u0436\u0443\u043a" in listed.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check"]])
+@pytest.mark.extended
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["user", "--help"], ["check"]])
 def test_a_full_disk_under_the_output_is_one_line(home: Path, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -738,6 +743,7 @@ def test_a_full_disk_under_the_output_is_one_line(home: Path, arguments: list[st
     assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.extended
 def test_a_closed_or_empty_input_has_no_password(home: Path) -> None:
     for command, closed in product(("hash-password", "user add eve", "user passwd ann"), ("<&-", "</dev/null")):
         line = f"{TOKENAUTH} {command} --password-stdin {closed}"

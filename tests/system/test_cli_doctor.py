@@ -104,6 +104,7 @@ def test_a_hash_that_cannot_be_used_has_its_line(tmp_path: Path) -> None:
     assert (code, found["configuration"]["line"]) == (1, 3)
 
 
+@pytest.mark.extended
 def test_a_port_of_another_program_is_an_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         write_config(tmp_path, f"[server]\nport = {other.getsockname()[1]}")

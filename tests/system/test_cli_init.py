@@ -128,6 +128,7 @@ def test_on_a_terminal_it_asks_for_name_and_password(tmp_path: Path) -> None:
     assert list(loader.load(tmp_path / "tokenauth.toml").users_by_name) == ["ann"]
 
 
+@pytest.mark.extended
 def test_python_m_tokenauth_is_the_command(tmp_path: Path) -> None:
     assert output(script(tmp_path, "-m", "tokenauth", "-V", program=sys.executable)).startswith("tokenauth, version ")
     assert "Usage: python -m tokenauth " in output(script(tmp_path, "-m", "tokenauth", "-h", program=sys.executable))

@@ -137,6 +137,7 @@ def hang(pid: int, lock: Path) -> bool:
     return True
 
 
+@pytest.mark.extended
 def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
     with serving(write_config(tmp_path), "--workers", "2") as server:
         until(lambda: len(server.events("started")) == 2, "both workers serve")
@@ -233,6 +234,7 @@ def test_another_user_can_neither_reload_nor_pretend(public: Path) -> None:
         until(lambda: len(server.events("reloaded")) == 1, "only root's is logged")
 
 
+@pytest.mark.extended
 def test_a_name_that_takes_no_connection_stops_no_reload(tmp_path: Path) -> None:
     """Any local program can listen under such a name: here it is one of this user, and its queue is full."""
     config = write_config(tmp_path)

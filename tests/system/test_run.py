@@ -417,6 +417,7 @@ def test_the_command_has_the_terminal_and_job_control(tmp_path: Path, server: Se
         terminal.expect("status=130")
 
 
+@pytest.mark.extended
 def test_a_command_in_the_background_stops_when_it_reads(tmp_path: Path, server: Server, admin: PoolUser) -> None:
     with shell(tmp_path, server.url, job="echo ready; read line; echo line=$line") as terminal:
         terminal.type("$run -- sh job & sleep 0.1")
@@ -430,6 +431,7 @@ def test_a_command_in_the_background_stops_when_it_reads(tmp_path: Path, server:
         assert admin.counts("long") == (1, 0)
 
 
+@pytest.mark.extended
 def test_a_command_in_a_pipeline_leaves_others_the_terminal(tmp_path: Path, server: Server, admin: PoolUser) -> None:
     """Keys that send signals reach it all the same."""
     pager = "read data; echo data=$data; read line < /dev/tty; echo line=$line; exec cat"

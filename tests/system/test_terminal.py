@@ -194,6 +194,7 @@ def logins(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.extended
 def test_a_listing_fits_80_columns(logins: Path) -> None:
     with on_terminal(logins, 'stty cols 80; "$TOKENAUTH" tokens list 2>&1; echo "exit $?"') as found:
         found.expect("exit 0")

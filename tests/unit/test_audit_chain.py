@@ -309,6 +309,7 @@ def test_four_processes_append_to_one_chain(tmp_path: Path) -> None:
         assert [line["number"] for line in lines if line["writer"] == writer] == list(range(100))
 
 
+@pytest.mark.extended
 def test_writers_killed_at_any_instant_break_nothing(tmp_path: Path) -> None:
     chain = Chain(tmp_path / "audit.jsonl", keep=100)
     answered = [0, 0, 0, 0]

@@ -110,6 +110,7 @@ def test_queued_connections_are_answered_at_sigterm(tmp_path: Path) -> None:
         assert answers(clients) == [200] * WAITING
 
 
+@pytest.mark.extended
 def test_no_worker_drops_the_queue_at_sigterm(tmp_path: Path) -> None:
     """Each worker and the main process hold the socket, and the last to close it must have emptied the queue."""
     with two_workers(tmp_path) as (server, workers), waiting(server, workers) as clients:

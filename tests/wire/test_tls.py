@@ -186,6 +186,7 @@ def test_a_renewed_certificate_is_served_after_a_reload(tmp_path: Path) -> None:
         def probe() -> None:
             nonlocal kept
             if ask(kept, HEALTH) != 200:
+                kept.close()  # as clients do: the old worker waits for it
                 kept = stack.enter_context(connect(server, context))
                 assert ask(kept) == 200
 
@@ -197,11 +198,16 @@ def test_a_renewed_certificate_is_served_after_a_reload(tmp_path: Path) -> None:
         with background(probe_once):
             copy(new, shown)
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: len(server.events("stopped")) == 2, "the old workers ended")
-        probe()
+
+            def old_workers_ended() -> bool:
+                probe()
+                return len(server.events("stopped")) == 2
+
+            until(old_workers_ended, "the old workers ended")
         for _ in range(5):
             with connect(server, context) as connection:
                 assert organization(connection) == "new"
+        kept.close()
         assert server.errors() == []
         assert server.stop() == 0
 
@@ -230,6 +236,7 @@ def test_a_broken_renewal_leaves_the_old_certificate(tmp_path: Path) -> None:
             assert (ask(connection), organization(connection)) == (200, "new")
 
 
+@pytest.mark.extended
 def test_stalled_clients_do_not_hold_up_a_stop(tmp_path: Path, one: Certificate) -> None:
     """One that has begun no handshake, and one that is idle, and so does not answer the end of TLS."""
     with (

@@ -139,6 +139,7 @@ def test_the_token_of_a_login_is_kept_nowhere(page: Page, server: Server, client
     assert probe(client, token)
 
 
+@pytest.mark.extended
 def test_the_login_page_leads_back_to_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
     """Its cookie survives a reload, and ends with the log-out of the console."""
     page.goto(f"{console(server)}#pools/phones")
@@ -268,6 +269,7 @@ DISTANCES = {
 }
 
 
+@pytest.mark.extended
 def test_times_are_said_as_distances(page: Page, server: Server) -> None:
     say = """async ([address, distances]) => {
       const { fromNow } = await import(address);
@@ -372,6 +374,7 @@ def test_a_login_that_ended_asks_again_at_the_same_place(page: Page, server: Ser
     expect(row(page, "Members", "pixel-8")).to_be_visible()
 
 
+@pytest.mark.extended
 def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, context: BrowserContext) -> None:
     enter(page, server, view="#pools/phones")
     expect(row(page, "Members", "pixel-8")).to_be_visible()

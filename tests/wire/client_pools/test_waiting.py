@@ -206,7 +206,7 @@ def test_a_client_waits_for_a_server_that_starts(
     """Before it has a place, too."""
     proxy.replace(answer)
     waiter = Waiter(client)
-    until(lambda: proxy.replaced > 4, "it has asked more often than for a lost answer")
+    until(lambda: proxy.replaced > 3, "it has asked more often than for a lost answer")
     proxy.restore()
     waiter.waits()
     admin.release("permit", before.token)

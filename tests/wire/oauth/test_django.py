@@ -11,6 +11,8 @@ from tests.support.journal import until
 from tests.support.servers import Server, log_in, spawn, worker, write_config
 from tests.wire.oauth.forms import ANN, CLIENTS, GATEWAY, UNKNOWN, fetch, post, table
 
+pytestmark = pytest.mark.extended
+
 CAL = ("cal", "cal-secret")
 SETTINGS = ["RESOURCE_SERVER_INTROSPECTION_CREDENTIALS", "RESOURCE_SERVER_AUTH_TOKEN"]
 
