@@ -144,3 +144,24 @@ def first_status(port: int, parts: Sequence[bytes]) -> int:
             except ConnectionError:
                 break
         return int(connection.recv(65536)[9:12])
+
+
+REFUSED = {
+    "two Hosts": (b"Host: x\r\nHost: x\r\n\r\n", 400),
+    "a line without a colon": (b"Host: x\r\nno colon\r\n\r\n", 400),
+    "a head that is too long": (b"Host: x\r\nx: " + b"v" * LIMIT + b"\r\n\r\n", 431),
+    "a broken chunk": (b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("first", [b"", b"\r\n", GET], ids=["alone", "after a blank line", "behind GET"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_head_request_gets_no_body(server: Server, what: str, first: bytes) -> None:
+    rest, status = REFUSED[what]
+    for method in (b"HEAD", b"GET"):
+        with socket.create_connection(("127.0.0.1", server.port), 10) as client:
+            client.sendall(first + method + b" /api/me HTTP/1.1\r\n" + rest)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        head, _, body = answer.rpartition(b"HTTP/1.1 ")[2].partition(b"\r\n\r\n")
+        assert (head[:3], bool(body)) == (b"%d" % status, method == b"GET")
+        assert b"content-length: " in head

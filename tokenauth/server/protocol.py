@@ -236,6 +236,7 @@ class BoundedProtocol(HttpToolsProtocol):
     url = b""
     _rules = RefusalRules()
     _line = b""
+    _is_head = False
     _body_left = 0
     _between_chunks = False
     _line_ended = False
@@ -627,8 +628,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refused = self.transport.lingers = True
         self.parser = _Discard(self.transport)  # type: ignore[assignment]
         headers, cycle = self.headers, self.cycle
+        self._is_head = self._line.lstrip(b"\r\n").startswith(b"HEAD ")
         if cycle is not None and cycle.more_body:  # the request is refused in the middle of its body
             headers = cycle.scope["headers"]  # type: ignore[assignment]
+            self._is_head = cycle.scope["method"] == "HEAD"
             waits = self._drop_last()
             if not waits and cycle.response_started:
                 self.transport.close()
@@ -663,7 +666,7 @@ class BoundedProtocol(HttpToolsProtocol):
             head, body = refusal
             if origin is not None and origin.decode("latin-1") in self._rules.cors_origins:
                 head += b"access-control-allow-origin: %b\r\nvary: Origin\r\n" % origin
-            self.transport.write(head + body)
+            self.transport.write(head + (b"\r\n" if self._is_head else body))
             self.transport.close()
 
     def _drop_last(self) -> bool:
