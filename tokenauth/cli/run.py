@@ -25,6 +25,7 @@ _LOGIN = ("TOKENAUTH_TOKEN", "TOKENAUTH_USERNAME", "TOKENAUTH_PASSWORD")
 _STATUSES: dict[type[errors.Refusal], int] = {
     errors.NoFreeToken: os.EX_TEMPFAIL,
     errors.PlaceLost: os.EX_TEMPFAIL,
+    errors.TooManyLeases: os.EX_TEMPFAIL,
     errors.TooManyPlaces: os.EX_TEMPFAIL,
     errors.LeaseLost: _LEASE_LOST,
     errors.Forbidden: os.EX_NOPERM,
@@ -222,8 +223,6 @@ class _Progress:
 
 
 class _Run:
-    """One run of a command."""
-
     def __init__(self, url: str, terms: dict[str, Any], kill_after: float, command: Command, *, kill: bool) -> None:
         count, pool = terms["count"], terms["pool"]
         self._what = f"{'a token' if count == 1 else f'{count} tokens'} of the pool {printable(pool)}"
@@ -279,7 +278,6 @@ class _Run:
         return ended.status, ""
 
     async def _run_command(self, lease: "AsyncLease") -> Ended:
-        """Run the command. Return when it has ended."""
         self._progress.clear()
         environment = {
             "TOKENAUTH_LEASE_POOL": self._terms["pool"],

@@ -27,10 +27,33 @@ Event = TypeVar("Event", threading.Event, asyncio.Event)
 RequestArguments = dict[str, Any]
 """Arguments for the `request` method of httpx.Client and httpx.AsyncClient."""
 
-_DESCRIBED = {
-    kind.code: kind for kind in (errors.Forbidden, errors.InvalidRequest, errors.LeaseLost, errors.UnknownToken)
+_LONGEST_WAIT = 30
+"""Seconds for which the server holds one request: less than proxies wait for an answer."""
+
+_POSITION_WAIT = 5
+"""The same if the program wants to know its position."""
+
+_REPEATS = 2
+"""How often a request that was not answered is repeated after its wait, unless it is known to have a place in line."""
+
+_LOST = (errors.LeaseLost, errors.NotYourLease, errors.UnknownToken)
+_REFUSALS: dict[str, type[errors.Refusal]] = {
+    kind.code: kind
+    for kind in (
+        errors.Forbidden,
+        errors.InvalidRequest,
+        errors.InvalidToken,
+        errors.LeaseLost,
+        errors.PlaceLost,
+        errors.RequestDiffers,
+        errors.TokenRequired,
+        errors.TooManyLeases,
+        errors.TooManyPlaces,
+        errors.UnknownPool,
+        errors.UnknownToken,
+    )
 }
-"""Refusals of several kinds of mistakes: the description says which it is."""
+"""By the code in an answer: refusals that take its description."""
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -96,29 +119,6 @@ class _Held:
         self.grant = grant
         self.keep_alive_at = sent_at + grant.ttl / 3
         self.ends_at = sent_at + grant.ttl
-
-
-_LONGEST_WAIT = 30
-"""Seconds for which the server holds one request: less than proxies wait for an answer."""
-
-_POSITION_WAIT = 5
-"""The same if the program wants to know its position."""
-
-_REPEATS = 2
-"""How often a request that was not answered is repeated after its wait, unless it is known to have a place in line."""
-
-_LOST = (errors.LeaseLost, errors.NotYourLease, errors.UnknownToken)
-_WITHOUT_ARGUMENTS = {
-    kind.code: kind
-    for kind in (
-        errors.InvalidToken,
-        errors.PlaceLost,
-        errors.RequestDiffers,
-        errors.TokenRequired,
-        errors.TooManyPlaces,
-        errors.UnknownPool,
-    )
-}
 
 
 class ClientLease(Generic[Event]):
@@ -366,8 +366,6 @@ def _refusal(response: httpx.Response, code: str, description: str) -> errors.Re
         return errors.InsufficientScope(*(scope[1].split() if scope else ()))
     if description == errors.NotYourLease.description:
         return errors.NotYourLease()
-    if code in _DESCRIBED:
-        return _DESCRIBED[code](description)
-    if code in _WITHOUT_ARGUMENTS:
-        return _WITHOUT_ARGUMENTS[code]()
+    if code in _REFUSALS:
+        return _REFUSALS[code](description)
     return errors.IssuerUnavailable(retry_after=issuer.retry_after(response) or 1)

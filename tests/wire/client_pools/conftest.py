@@ -28,6 +28,7 @@ def settings() -> str:
             {{name = "pixel-8", labels = ["android", "arm"]}},
             {{name = "iphone-15", labels = ["ios", "arm"]}},
         ]
+        each = {{capacity = 2, prefill = true, lease_ttl = {TTL}, per_user = 1}}
         long = {{capacity = 1, prefill = true, lease_ttl = 30}}
         guarded = {{capacity = 1, prefill = true, scope = "write"}}
     """

@@ -111,6 +111,12 @@ def test_a_refusal_says_when_the_next_lease_ends(client: Client, admin: PoolUser
     assert refusal.value.retry_after == TTL - 5
 
 
+def test_more_leases_than_a_user_may_have_are_refused(client: Client, admin: PoolUser) -> None:
+    admin.assign("each")
+    with pytest.raises(errors.TooManyLeases, match="as many tokens"), client.lease("each"):
+        raise AssertionError("one user may have one")
+
+
 @pytest.mark.parametrize(
     ("pool", "options", "kind", "message"),
     [
