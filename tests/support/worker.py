@@ -19,9 +19,10 @@ from tokenauth.logs import log
 from tokenauth.server.acceptor import AcceptingServer
 from tokenauth.server.protocol import BoundedProtocol
 from tokenauth.server.worker import KEEP_ALIVE
+from tokenauth.service import create_service
 from tokenauth.settings import loader
 from tokenauth.stores.sqlite import writer
-from tokenauth.web.app import create_app
+from tokenauth.web.app import build_app
 
 
 class Worker(AcceptingServer):
@@ -43,9 +44,10 @@ def main() -> None:
     logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":
-        app = create_app(settings)
+        service = create_service(settings)
     else:
-        app = create_app(settings, clock=HandClock(Path(clock_file)), monotonic=lambda: 0.0)
+        service = create_service(settings, clock=HandClock(Path(clock_file)), monotonic=lambda: 0.0)
+    app = build_app(service)
     options = uvicorn.Config(
         app,
         interface="asgi3",

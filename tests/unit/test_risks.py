@@ -28,7 +28,6 @@ from tokenauth.risks import (
 )
 from tokenauth.settings import loader
 from tokenauth.settings.model import PasswordSettings, RiskName, Settings
-from tokenauth.web.app import create_app
 
 STRONG = argon2.using(type="ID", memory_cost=64, time_cost=2, parallelism=1).hash("a long password")
 WEAK = argon2.using(type="ID", memory_cost=8, time_cost=1, parallelism=1).hash("a long password")
@@ -218,7 +217,7 @@ def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> N
     log_and_check(served(name), [risk])
     public = 'host = "0.0.0.0"\n'
     with pytest.raises(ConfigError) as refusal:
-        create_app(served(name, server=public))
+        check_accepted(served(name, server=public), [risk])
     assert str(refusal.value) == (
         "server.host: '0.0.0.0' can be reached by others, and this risk is not accepted: 'open_dialect'; fix it, or"
         " list it in server.accept_risks"

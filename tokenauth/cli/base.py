@@ -134,7 +134,6 @@ def load_settings(config_file: str | None) -> "Settings":
 
 
 def config_path(config_file: str | None) -> Path:
-    """Return the path of the configuration file."""
     from tokenauth.settings import loader
 
     return loader.find(config_file)

@@ -144,8 +144,6 @@ def _tcp(host: str, port: int, tls: bool) -> tuple[str, Connect]:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """A connection to a Unix socket."""
-
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
         self._path = os.path.abspath(path)

@@ -106,7 +106,6 @@ def encode_order(order: Order) -> bytes:
 
 
 def decode_order(encoded: bytes) -> Order:
-    """Decode what `encode_order` returned, in the worker."""
     order: Order = pickle.loads(encoded)  # noqa: S301  (see encode_order)
     return order
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,11 +13,9 @@ from starlette.types import ASGIApp
 
 from tokenauth import build
 from tokenauth.audit.log import auditing
-from tokenauth.clock import Clock
 from tokenauth.logs import log
 from tokenauth.metrics import OTHERS
-from tokenauth.risks import check_accepted, find_risks
-from tokenauth.service import Service, create_service
+from tokenauth.service import Service
 from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
@@ -59,19 +56,10 @@ GC_THRESHOLD = 20_000
 """New objects after which Python searches for cycles. With its default of 700, leases take 5 % more CPU time."""
 
 
-def create_app(config: Settings, clock: Clock | None = None, monotonic: Clock = time.monotonic) -> ASGIApp:
-    """Build the ASGI app that a configuration describes.
-
-    `clock` replaces the clock of the store; `monotonic` sets the pace of time after `clock` is set back. Raises
-    ConfigError, also for a risk that is not accepted. The store is opened when the server starts.
-    """
-    service = create_service(config, clock, monotonic)
-    check_accepted(config, find_risks(config, service.passwords))
-    return build_app(service)
-
-
 def build_app(service: Service) -> ASGIApp:
-    """Build the ASGI app of a service. Raises ConfigError when two routes match one path.
+    """Build the ASGI app of a service, which opens the store when it starts.
+
+    Raises ConfigError when two routes match one path.
 
     This is Starlette's Router instead of its Starlette class, which adds two layers of error handling: they cost 5
     microseconds a request, a sixth of what the HTTP server needs, and raise unexpected exceptions again for the server

@@ -23,7 +23,6 @@ class CORS(CORSMiddleware):
         self._exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a preflight, or pass a request on."""
         if scope["type"] == "http" and scope["path"] in self._exempt:
             await self.app(scope, receive, send)
         else:

@@ -47,7 +47,6 @@ class ErrorMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or a start and a stop."""
         if scope["type"] == "lifespan":
 
             async def send_in_one_line(message: Message) -> None:

@@ -21,8 +21,6 @@ _REQUEST_ID = re.compile(rb"[0-9A-Fa-f-]{8,36}")
 
 
 class HttpContext(RequestContext):
-    """The context of one request."""
-
     __slots__ = ("_scope",)
 
     def __init__(self, scope: Scope) -> None:

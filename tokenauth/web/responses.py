@@ -73,7 +73,6 @@ class NoStoreResponse(Response):
     """A response that no cache may store: nearly all contain a token, or tell whether one is valid."""
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
-        """Add Cache-Control to the headers."""
         super().init_headers(headers)
         self.raw_headers.append(NO_STORE)
 
@@ -137,7 +136,6 @@ def refusal_response(refusal: errors.Refusal) -> Response:
 
 
 def refusal_document(refusal: errors.Refusal) -> Mapping[str, str]:
-    """Return the body of the response to a refusal."""
     description = DESCRIPTIONS.get(type(refusal)) or str(refusal)
     return {"error": refusal.code, "error_description": description}
 

@@ -48,7 +48,6 @@ class RouteIndex:
         templates[method, constants(segments)] = route, app, tuple(names.items())
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Pass one request on."""
         if scope["type"] == "http":
             method, path = scope["method"], scope["path"]
             found = self._paths.get((method, path))

@@ -14,7 +14,6 @@ class CountingValidator:
         self._counts = counts
 
     async def identify(self, value: bytes, touch: bool = True) -> Login | None:
-        """Return the user and the token if it is valid."""
         try:
             login = await self._tokens.identify(value, touch)
         except Exception as error:

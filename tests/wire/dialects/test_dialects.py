@@ -12,8 +12,9 @@ from tests.support.servers import HandClock, log_in, serve, shipped, shipped_wit
 from tests.system.test_cli import mistake, run
 from tests.wire.dialects.conftest import API_PASSWORD, Wire, connect, reply, rows, start
 from tokenauth.errors import ConfigError
+from tokenauth.service import create_service
 from tokenauth.settings import loader
-from tokenauth.web.app import create_app
+from tokenauth.web.app import build_app
 
 GUARDED = f"""
 [pools.permits]
@@ -200,7 +201,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def test_an_invalid_setting_is_one_line_with_its_key(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as refusal:
-        create_app(loader.parse(text, {}))
+        build_app(create_service(loader.parse(text, {})))
     assert str(refusal.value).startswith(expected)
     assert "\n" not in str(refusal.value)
 
@@ -210,7 +211,7 @@ def test_a_prefix_is_empty_or_a_path(name: str) -> None:
     password = 'password = "x"\n' if name == "simple-token-implement" else ""
     text = f'{POOL}prefill = true\ncapacity = 1\n[dialects.{name}]\npool = "p"\n{password}prefix = '
     for right in ("", "/x", "/v1.0/a_b~c-d"):
-        create_app(loader.parse(f'{text}"{right}"', {}))
+        build_app(create_service(loader.parse(f'{text}"{right}"', {})))
     for wrong in ("x", "/", "/x/", "x/y", "//x", "/x//y", "/x y", "/{x}", "/x?y", "/x#y", "/%41", "/é"):
         with pytest.raises(ConfigError, match=rf"^dialects\.{name}\.prefix: must be empty or a path such as"):
             loader.parse(f'{text}"{wrong}"', {})

@@ -10,8 +10,9 @@ from starlette.routing import Match
 
 from tests.support.servers import worker, write_config
 from tokenauth.errors import ConfigError
+from tokenauth.service import create_service
 from tokenauth.settings import loader
-from tokenauth.web.app import create_app
+from tokenauth.web.app import build_app
 from tokenauth.web.exceptions import MethodNotAllowed
 from tokenauth.web.requests import Request
 from tokenauth.web.routing import Handlers, Methods, Route, refuse_collisions
@@ -184,7 +185,7 @@ def dialect_settings(prefixes: Mapping[str, str]) -> str:
 def test_colliding_routes_are_a_configuration_error(case: str) -> None:
     prefixes, names, address = COLLISIONS[case]
     with pytest.raises(ConfigError) as refusal:
-        create_app(loader.parse(dialect_settings(prefixes), {}))
+        build_app(create_service(loader.parse(dialect_settings(prefixes), {})))
     assert str(refusal.value) == f"{names}: both answer {address}; give them other prefixes"
 
 

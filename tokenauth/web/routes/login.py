@@ -40,8 +40,6 @@ _TWO_COOKIES = (
 
 
 class LoginRoutes:
-    """The handlers, and their routes."""
-
     def __init__(self, settings: Settings, tokens: Tokens, cookies: Cookies, return_to: ReturnTo) -> None:
         self._tokens = tokens
         self._hosts = Hosts((), {settings.browser.origin.host})
@@ -54,7 +52,6 @@ class LoginRoutes:
         self._pages = Pages(self._host, return_to.form_action())
 
     def routes(self) -> list[Route]:
-        """List the routes."""
         return [
             Route(LOGIN, {"GET": self.show_login, "POST": self.log_in}),
             Route(LOGOUT, {"GET": self.show_logout, "POST": self.log_out}),
