@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 
 from tests.support.servers import HandClock, Server
 from tests.support.skipping import skip_without
@@ -38,6 +38,9 @@ FLAGS = [
     f"--disable-features={','.join(_DISABLED)}",
     f"--host-resolver-rules=MAP *.{DOMAIN} 127.0.0.1",
 ]
+
+
+expect.set_options(timeout=60_000)  # instead of 5 s: the machine may be busy
 
 
 def chromium_path() -> str:
