@@ -247,16 +247,20 @@ def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str
 
 
 @pytest.mark.extended
-async def test_a_missing_synchronous_standby_is_named() -> None:
+async def test_a_missing_synchronous_standby_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a node that has written nothing."""
     with cluster(fsync=False) as primary:
         url = primary.create("tokenauth")
-        async with nodes(url) as (store,):
+        async with nodes(url, 2) as (store, idle):
             primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
             primary.execute("SELECT pg_reload_conf()")
             until(lambda: primary.execute("SHOW synchronous_standby_names") == [("gone",)], "the setting is used")
             with pytest.raises(StoreUnavailable):
                 await store.tokens.issue(token(1), 0, START)
             assert await store.ready() == "store not writable: commits wait for a synchronous standby"
+            assert await idle.ready() is None
+            monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
+            assert await idle.ready() == await store.ready()
             assert (await examine(DatabaseSettings(url))).problem == "commits wait for a synchronous standby"
             primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
             primary.execute("SELECT pg_reload_conf()")

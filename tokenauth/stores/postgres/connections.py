@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from time import monotonic
 from typing import TypeVar
 
 import asyncpg
@@ -86,6 +87,9 @@ _WAITS_FOR_STANDBY = """
 
 _NO_STANDBY = "commits wait for a synchronous standby"
 
+_PROOF = 10.0
+"""Seconds for which a write shows that the database can be written."""
+
 _CLOCK_INTERVAL = 1.0
 """Seconds between two updates of the clock row by one process."""
 
@@ -149,6 +153,7 @@ class Connections:
         self._database_clock = database_clock
         self._writers: dict[ChangeKind, Writer] = {}  # each kind of change has transactions of its own
         self._never_at_once: set[ChangeKind] = set()
+        self._wrote_at = monotonic()
         self._latest: Instant = 0
         self._clock_written: Instant = 0
         self._reading = Circuit(
@@ -176,7 +181,12 @@ class Connections:
         return None if self._writing.problem is None else f"store not writable: {self._writing.problem}"
 
     async def probed_problem(self) -> str | None:
-        """Return what keeps the database from being read or written, after the probes that are running, if any are."""
+        """Return what keeps the database from being read or written, after the probes that are running, if any are.
+
+        A worker that has written nothing for a while does not know, so it probes.
+        """
+        if monotonic() > self._wrote_at + _PROOF:
+            self._writing.start_probe()
         await self._reading.wait_for_probe()
         await self._writing.wait_for_probe()
         return self.problem
@@ -298,11 +308,15 @@ class Connections:
         except StoreUnavailable:
             self._clock_written = 0
             raise
+        self._wrote_at = monotonic()
 
     async def _probe_writing(self) -> str | None:
         refused_for = self._writing.open_for()
         keeping = keep_places(refused_for, self._clock()) if refused_for else ""
-        return await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT", writes=True)
+        problem = await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT", writes=True)
+        if problem is None:
+            self._wrote_at = monotonic()
+        return problem
 
     async def _probe(self, statements: str, writes: bool = False) -> str | None:
         """Run statements on a connection of their own; return what is wrong, if anything."""
