@@ -1,7 +1,6 @@
 """Changes to the table `marks`: the clock row, and until when a process has a duty."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from sqlalchemy import text
@@ -29,7 +28,6 @@ _ACQUIRE_DUTY = text("""
 """)
 
 
-@dataclass(slots=True)
 class SaveTime(Change[None]):
     """Write only the clock row, which every other change writes as well."""
 
@@ -39,7 +37,6 @@ class SaveTime(Change[None]):
         return [None] * len(changes)
 
 
-@dataclass(slots=True)
 class AcquireDuty(Change[bool]):
     """Reserve a periodic task for this process until an instant, unless another process has it."""
 

@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Self
 
@@ -58,7 +57,6 @@ _SET = (
 _PURGE = delete_oldest(failures.c.key, failures.c.last_at, failures.c.last_at < bindparam("before"))
 
 
-@dataclass(slots=True)
 class UpdateFailures(Change[None]):
     """Update several counts and then shares, each key at most once."""
 
@@ -76,7 +74,6 @@ class UpdateFailures(Change[None]):
         return [None] * len(changes)
 
 
-@dataclass(slots=True)
 class RefundFailures(Change[None]):
     """Remove the failures that a successful login refunds from all counts they were added to."""
 
@@ -127,7 +124,6 @@ class RefundFailures(Change[None]):
         return [None] * len(changes)
 
 
-@dataclass(slots=True)
 class PurgeFailures(Change[int]):
     """Delete at most `limit` keys whose instant is before an instant."""
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from tokenauth.models import ForcedEnd, LeaseChange, LeaseCheck
@@ -13,7 +12,6 @@ KEPT = 86400.0
 """Seconds for which it is kept who has ended a lease."""
 
 
-@dataclass(slots=True)
 class ForceEnd(PoolChange[LeaseChange | None]):
     """End the lease of a token if its check matches, or take it over; the answer is None if there is no such token."""
 

@@ -1,7 +1,6 @@
 """Changes to named tokens. They are made one after the other: each looks at the names that its user has."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from sqlalchemy import BigInteger, Float, LargeBinary, bindparam, case, select, update
@@ -45,7 +44,6 @@ class _Named(NamedTuple):
         return self.max_expires_at is not None
 
 
-@dataclass(slots=True)
 class IssueNamed(Change[Refusal | None]):
     """Add a named token; the answer is why it was not added: InvalidToken, NameTaken or TooManyTokens.
 
@@ -77,7 +75,6 @@ class IssueNamed(Change[Refusal | None]):
         return None
 
 
-@dataclass(slots=True)
 class Rotate(Change[Refusal | None]):
     """Add the successor of a named token, and end that token at `ends_at` at the latest.
 

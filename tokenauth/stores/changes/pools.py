@@ -7,7 +7,7 @@ that any of their callers has read. A change locks the pool or the rows that it 
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self, TypeVar
 
 from tokenauth.models import (
@@ -39,7 +39,6 @@ def pool_lock(pool: Pool) -> str:
     return f"pool {pool.name}"
 
 
-@dataclass(slots=True)
 class PoolChange(Change[A_co]):
     """A change to one pool."""
 
@@ -80,7 +79,6 @@ class PoolChange(Change[A_co]):
         """Make the changes of one pool; return one answer for each, in order."""
 
 
-@dataclass(slots=True)
 class Generate(PoolChange[bool]):
     """Add free tokens, all or none; the answer is whether they were within the capacity."""
 
@@ -107,7 +105,6 @@ class Generate(PoolChange[bool]):
         return answers
 
 
-@dataclass(slots=True)
 class Fit(PoolChange[int]):
     """Bring a pool with `prefill` or members closer to its capacity; the answer is that of `PoolStore.fit`."""
 
@@ -155,7 +152,6 @@ class Fit(PoolChange[int]):
         return max(0, len(lacking) - len(values))
 
 
-@dataclass(slots=True)
 class Assign(PoolChange[Assignment]):
     """Lease the token that has been free longest."""
 
@@ -232,7 +228,6 @@ class Assign(PoolChange[Assignment]):
         return answers
 
 
-@dataclass(slots=True)
 class LeaseUpdate(PoolChange[LeaseChange | None]):
     """Change the lease of one token if its check matches; the answer is None if there is no such token."""
 
@@ -267,7 +262,6 @@ class LeaseUpdate(PoolChange[LeaseChange | None]):
         return answers
 
 
-@dataclass(slots=True)
 class KeepAlive(LeaseUpdate):
     """Extend a lease to its full time from now. With `include_free`, extend the life of a free token, too."""
 
@@ -281,7 +275,6 @@ class KeepAlive(LeaseUpdate):
         return token if pool.is_taken(token, now) else pool.released(token, now)
 
 
-@dataclass(slots=True)
 class Release(LeaseUpdate):
     """End a lease."""
 
@@ -289,7 +282,6 @@ class Release(LeaseUpdate):
         return pool.released(token, now) if self.check.matches(token, now) else None
 
 
-@dataclass(slots=True)
 class ReleaseNext(PoolChange[tuple[bool, int]]):
     """End the lease that would end first, of one user or of all (None); the answer also has the free tokens left."""
 
@@ -318,7 +310,6 @@ class ReleaseNext(PoolChange[tuple[bool, int]]):
         return answers
 
 
-@dataclass(slots=True)
 class Delete(PoolChange[PoolToken | None]):
     """Delete one token or replace it by `successor`; the answer is the token as it was, or None."""
 
@@ -343,7 +334,6 @@ class Delete(PoolChange[PoolToken | None]):
         return answers
 
 
-@dataclass(slots=True)
 class Reserve(PoolChange[LeaseChange | None]):
     """Reserve a member, or end its reservation (None); the answer is None if there is no such member."""
 
@@ -374,7 +364,6 @@ class Reserve(PoolChange[LeaseChange | None]):
         return answers
 
 
-@dataclass(slots=True)
 class KeepAliveFree(PoolChange[int]):
     """Extend the life of at most `limit` tokens that have been free since before an instant."""
 
@@ -387,7 +376,6 @@ class KeepAliveFree(PoolChange[int]):
         return [rows.extend_free(change.before, change.limit) for change in changes]
 
 
-@dataclass(slots=True)
 class PurgePool(PoolChange[int]):
     """Delete at most `limit` tokens that have expired, or were retired and whose lease is over.
 
@@ -407,7 +395,6 @@ class PurgePool(PoolChange[int]):
         return answers
 
 
-@dataclass(slots=True)
 class NoteLapsed(PoolChange[Lapsed]):
     """Note that leases lapsed since an instant, and delete lapsed places: at most `limit` of each, each once."""
 

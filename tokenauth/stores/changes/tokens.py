@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Self
 
@@ -192,7 +191,6 @@ def _purge_revocations() -> Delete:
 _PURGE_REVOCATIONS = _purge_revocations()
 
 
-@dataclass(slots=True)
 class Issue(Change[Sequence[bytes]]):
     """Add a login and revoke the oldest live ones of its user beyond `per_user`; the answer names the revoked ones."""
 
@@ -219,7 +217,6 @@ class Issue(Change[Sequence[bytes]]):
         return [revoked] * len(changes)
 
 
-@dataclass(slots=True)
 class Revoke(Change[bool]):
     """Revoke one token; the answer is whether it existed."""
 
@@ -237,7 +234,6 @@ class RevokedCounts(NamedTuple):
     lapsed: int
 
 
-@dataclass(slots=True)
 class RevokeAll(Change[RevokedCounts]):
     """Revoke tokens of one user or of all (None), except `keep`: at most `limit` live ones and as many lapsed ones.
 
@@ -273,7 +269,6 @@ class RevokeAll(Change[RevokedCounts]):
         return answers
 
 
-@dataclass(slots=True)
 class NoteUses(Change[Mapping[bytes, Token]]):
     """Write uses of tokens. The answer has these tokens as they are now, without those that do not exist."""
 
@@ -293,7 +288,6 @@ def _values(use: Use) -> dict[str, Instant]:
     return {"used_at": use.used_at, "end": use.end, "stale": use.stale, "needed": use.needed}
 
 
-@dataclass(slots=True)
 class PurgeTokens(Change[int]):
     """Delete at most `limit` tokens that have expired; the answer is how many."""
 
@@ -306,7 +300,6 @@ class PurgeTokens(Change[int]):
         return [db.execute(_PURGE, {"before": int(change.now), "limit": change.limit}) for change in changes]
 
 
-@dataclass(slots=True)
 class PurgeRevocations(Change[int]):
     """Delete at most `limit` entries of the revocation log that are older than an instant, but never the last."""
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from tokenauth.errors import LeaseLost, NoFreeToken, PlaceLost, Refusal, RequestDiffers, TooManyLeases, TooManyPlaces
@@ -19,7 +19,6 @@ _NAMELESS = "\0"
 _OVER = "This request was granted, and its lease is over: use a new id for a new lease."
 
 
-@dataclass(slots=True)
 class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
     """Serve a request for leases if it is its turn; otherwise give it a place in the line, or keep its place.
 
@@ -103,7 +102,6 @@ class Ask(PoolChange[Grant | LeaseRequest | Refusal]):
         ]
 
 
-@dataclass(slots=True)
 class TakeTurns(PoolChange[Sequence[Grant]]):
     """Serve those of some requests whose turn it is: only theirs, since no client may wait for others any more.
 
@@ -118,7 +116,6 @@ class TakeTurns(PoolChange[Sequence[Grant]]):
         return [_take_turns(rows, change.asks) for change in changes]
 
 
-@dataclass(slots=True)
 class HandOver(PoolChange[tuple[LeaseChange | None, Sequence[Grant]]]):
     """End a lease, and serve those of some requests whose turn it is then.
 
@@ -146,7 +143,6 @@ class HandOver(PoolChange[tuple[LeaseChange | None, Sequence[Grant]]]):
         return answers
 
 
-@dataclass(slots=True)
 class Leave(PoolChange[LeaseRequest | None]):
     """Give up a place in the line, or keep it for `keep` seconds at most; the answer is None if there was none.
 
@@ -179,7 +175,6 @@ class Leave(PoolChange[LeaseRequest | None]):
         return answers
 
 
-@dataclass(slots=True)
 class PutBack(PoolChange[bool]):
     """Take back what was granted to a client that has gone; the answer is whether it was.
 
