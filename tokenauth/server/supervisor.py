@@ -574,7 +574,7 @@ class Supervisor:
             return
         self._last_heartbeat = time.monotonic()
         self._manager.alive()
-        self._totals.note()
+        self._totals.update_history()
         if self._terminal.check() and not self._stopping:
             self._stop(signal.SIGHUP.name)
         if self._reload is not None:

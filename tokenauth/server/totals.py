@@ -98,7 +98,7 @@ class Totals:
         own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", self._build): 1}
         return counts, {**gauges, **own}
 
-    def note(self) -> None:
+    def update_history(self) -> None:
         """Add what has been counted until now to the history. To be called about once a second."""
         counts, gauges = self.read()
         minute = _minute()
@@ -110,7 +110,7 @@ class Totals:
 
     def status(self, workers: Sequence[WorkerStatus]) -> NodeStatus:
         """Return how the node is doing now, with these workers."""
-        self.note()
+        self.update_history()
         counts, gauges = self.read()
         levels, history = dict(gauges), self._history()
         return NodeStatus(

@@ -49,7 +49,7 @@ class Hosts:
         """Raise ForeignHost if a page calls the service under another host."""
         if self._names is None:
             return
-        origin, site, host = _page(scope)
+        origin, site, host = _page_headers(scope)
         if (site is None and origin is None) or origin in self._origins:
             return
         if not self._is_allowed(host.decode("latin-1")):
@@ -86,7 +86,7 @@ class CsrfMiddleware:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Guard one request. Raises ForeignOrigin or ForeignHost."""
         if scope["method"] not in self._allowed_methods:
-            origin, site, host = _page(scope)
+            origin, site, host = _page_headers(scope)
             if origin is not None or site is not None:  # a page, not a program
                 self._check(origin, site, host)
                 self._hosts.check(scope)
@@ -109,7 +109,7 @@ def _same_host(origin: bytes, host: bytes) -> bool:
     return bool(found) and found.lower() == host.decode("latin-1").lower()
 
 
-def _page(scope: Scope) -> tuple[bytes | None, bytes | None, bytes]:
+def _page_headers(scope: Scope) -> tuple[bytes | None, bytes | None, bytes]:
     """Return the headers Origin, Sec-Fetch-Site and Host."""
     origin = site = None
     host = b""

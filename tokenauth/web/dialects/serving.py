@@ -21,12 +21,12 @@ from tokenauth.web.routing import Handlers, Route
 from tokenauth.web.validation_counting import counted
 
 
-class _Handlers(Protocol):
+class _Translator(Protocol):
     def handlers(self) -> Mapping[str, Handlers]: ...
 
 
 class _Dialect(NamedTuple):
-    create: Callable[[Service, DialectSettings], _Handlers]
+    create: Callable[[Service, DialectSettings], _Translator]
     documentation: Section
 
 

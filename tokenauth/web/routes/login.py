@@ -110,11 +110,11 @@ class LoginRoutes:
     ) -> Response:
         target = self._return_to.allowed(rd)
         csrf, form_headers = self._form_value(request)
-        status, retry = _status(refusal)
+        status, retry_headers = _status_and_headers(refusal)
         return self._pages.render(
             "login.html",
             status,
-            [*headers, *form_headers, *retry],
+            [*headers, *form_headers, *retry_headers],
             error=explain(refusal),
             note=note or self._refused_target(rd),
             csrf=csrf,
@@ -174,11 +174,11 @@ class LoginRoutes:
         if login is None and headers and not note:  # the cookie was no longer valid
             return self._pages.render("logged_out.html", headers=headers, note=self._refused_target(rd), done=False)
         csrf, form_headers = self._form_value(request)
-        status, retry = _status(refusal)
+        status, retry_headers = _status_and_headers(refusal)
         return self._pages.render(
             "logout.html",
             status,
-            [*form_headers, *retry],
+            [*form_headers, *retry_headers],
             error=explain(refusal),
             note=self._refused_target(rd),
             csrf=csrf,
@@ -307,7 +307,7 @@ def _sent_note(request: Request) -> str:
     return _TWO_COOKIES if TWO_COOKIES.encode() in request.scope["query_string"].split(b"&") else ""
 
 
-def _status(refusal: Refusal | None) -> tuple[int, RawHeaders]:
+def _status_and_headers(refusal: Refusal | None) -> tuple[int, RawHeaders]:
     if refusal is None:
         return 200, ()
     retry = [(b"retry-after", b"%d" % refusal.retry_after)] if isinstance(refusal, RetryLater) else ()
