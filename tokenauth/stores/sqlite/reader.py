@@ -57,9 +57,11 @@ def reason(error: BaseException) -> str:
 class Reader:
     """The connection on which the event loop of a process reads, and its feed of revocations.
 
-    All look-ups of tokens in one iteration of the event loop read the same snapshot of the file: its locks then cost
-    two system calls an iteration, instead of two a look-up. A request sees what was committed before it was received:
-    its task runs after `_end_snapshot`, which the iteration before has scheduled.
+    All look-ups of tokens and of failed logins in one iteration of the event loop read the same snapshot of the file:
+    its locks then cost two system calls an iteration, instead of two a look-up. A request sees what was committed
+    before it was received: its task runs after `_end_snapshot`, which the iteration before has scheduled. For the same
+    reason, a login sees each failure that its process no longer counts in memory: its count is removed in a later
+    iteration than that in which its commit is known.
     """
 
     sees_commits = True
@@ -125,6 +127,8 @@ class Reader:
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts of failed logins with one statement. Raises StoreUnavailable."""
+        if not self._has_snapshot:
+            self._begin_snapshot()
         try:
             rows = self._cursor.execute(_FAILURES % ",".join("?" * len(keys)), keys).fetchall()
         except ERRORS as error:
