@@ -22,6 +22,7 @@ from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.models import CountUpdate, Pool, Use
 from tokenauth.stores import circuit_breaker
 from tokenauth.stores.engine import Change, Transaction
+from tokenauth.stores.sqlite import engine as sqlite_engine
 from tokenauth.stores.sqlite import writer as sqlite
 from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.tables import metadata
@@ -446,6 +447,30 @@ async def test_a_failed_checkpoint_is_logged(places: Places) -> None:
         assert await place.store.ready() is None
     events = [entry["event"] for entry in logs if entry["event"].startswith("checkpoint_")]
     assert events == ["checkpoint_failed", "checkpoint_recovered"]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_failed_checkpoint_is_soon_repeated(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the next regular check until the store is ready again."""
+    monkeypatch.setattr(sqlite_engine, "CHECKPOINT_INTERVAL", 3600)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = await places.open()
+    assert isinstance(place.engine, SqliteEngine)
+    file = make_url(place.url).database or ""
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(file).st_size, before[1]))
+        await place.pools.generate(POOL, [f"{number:0200}" for number in range(60)], START)
+        monkeypatch.setattr(sqlite_engine, "CHECKPOINT_INTERVAL", 0)
+        checking = asyncio.ensure_future(place.engine._check_wal())
+        await asyncio.sleep(0)
+        monkeypatch.setattr(sqlite_engine, "CHECKPOINT_INTERVAL", 3600)
+        async with asyncio.timeout(20):
+            while await place.store.ready() is None:  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    await ready_again(place)
+    checking.cancel()
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)

@@ -28,6 +28,9 @@ T = TypeVar("T")
 CHECKPOINT_INTERVAL = 10.0
 """Seconds between two checks that the -wal file can be copied into the database."""
 
+_RECHECK = 1.0
+"""Seconds until the next one after a failed check: `/readyz` is 503 until then."""
+
 
 class SqliteEngine:
     """Engine of one SQLite file. Changes go to one thread, brief queries run on the event loop, others in threads."""
@@ -177,10 +180,11 @@ class SqliteEngine:
         log.error("store_file_replaced", file=file, action=action)
 
     async def _check_wal(self) -> None:
+        works = True
         while True:
-            await asyncio.sleep(CHECKPOINT_INTERVAL)
+            await asyncio.sleep(CHECKPOINT_INTERVAL if works else _RECHECK)
             try:
-                await self.writer.check_wal()
+                works = await self.writer.check_wal()
             except RetryLater:
                 pass
             except Exception as error:

@@ -151,10 +151,10 @@ class SqliteWriter:
             return f"the database's -wal file cannot be copied into it, and grows: {self._checkpoint_problem}"
         return None
 
-    async def check_wal(self) -> None:
-        """Check that the -wal file can be copied into the database. SQLite copies it, but does not report failures."""
+    async def check_wal(self) -> bool:
+        """Return whether the -wal file can be copied into the database. SQLite copies it, but reports no failure."""
         if not self._written or self.file_replaced or self.refused:
-            return
+            return self._checkpoint_problem is None
         self._written = False
         try:
             problem, size = await self._submit(self._checkpoint)
@@ -168,6 +168,7 @@ class SqliteWriter:
         self._checkpoint_problem = problem
         self._log_size(size)
         self._written = self._written or problem is not None or size > _WAL_LIMIT
+        return problem is None
 
     def _log_size(self, size: int) -> None:
         """Log that a long reader keeps the -wal file from being copied, again each time that its size doubles."""
