@@ -14,7 +14,7 @@ async def test_a_probe_from_before_it_opened_closes_nothing() -> None:
         probes.put_nowait(end)
         await end.wait()
 
-    circuit = Circuit(probe, "store_not_writable", "store_writable_again")
+    circuit = Circuit(probe, "store_not_writable", "store_writable_again", probe_ends_outage=True)
     circuit.start_probe()
     async with asyncio.timeout(20):
         first = await probes.get()

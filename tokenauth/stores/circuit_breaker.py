@@ -52,10 +52,12 @@ class Circuit:
         opened: Callable[[], object] = _do_nothing,
         probe_failed: Callable[[], object] = _do_nothing,
         refusal: Callable[[], StoreUnavailable] = StoreUnavailable,
+        probe_ends_outage: bool = False,
     ) -> None:
         """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails.
 
-        `refusal` makes the errors that it raises.
+        `refusal` makes the errors that it raises. `probe_ends_outage`: a probe does what the end of an outage needs, so
+        one that began before it opened does not close it.
         """
         self.problem: str | None = None
         """Why operations are refused; None while it is closed."""
@@ -68,6 +70,7 @@ class Circuit:
         self._opened = opened
         self._probe_failed = probe_failed
         self._refusal = refusal
+        self._probe_ends_outage = probe_ends_outage
         self._running: dict[asyncio.Timeout, float] = {}
         self._watching = False
         self._probing: asyncio.Task[None] | None = None
@@ -177,7 +180,7 @@ class Circuit:
                     self._probe_finished.set()
                     self._probe_failed()
                     await asyncio.sleep(PAUSE)
-                elif openings == self.openings:  # a probe that began before it opened says nothing
+                elif openings == self.openings or not self._probe_ends_outage:
                     break
             self.problem = None
             if self._logged:

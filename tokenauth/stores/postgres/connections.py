@@ -169,6 +169,7 @@ class Connections:
             opened=self._refuse_waiting,
             probe_failed=self._abort_writing,
             refusal=self._not_writable,
+            probe_ends_outage=True,
         )
         self.start_probe = self._reading.start_probe
         self.is_former = self._primaries.is_former

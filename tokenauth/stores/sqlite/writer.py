@@ -95,6 +95,7 @@ class SqliteWriter:
             "store_writable_again",
             opened=lambda: self._writer.refuse_waiting(self._not_writable()),
             refusal=self._not_writable,
+            probe_ends_outage=True,
         )
         self._probing: asyncio.Future[str | None] | None = None
         self._checkpoint_problem: str | None = None
