@@ -1,8 +1,9 @@
 """Two servers believe that they are the primary: only the one that was promoted last is asked."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import pytest
 
@@ -19,6 +20,8 @@ from tokenauth.stores.store import Store
 
 pytestmark = pytest.mark.extended
 
+T = TypeVar("T")
+
 
 @contextmanager
 def two_servers() -> Iterator[tuple[Cluster, Cluster, str]]:
@@ -29,13 +32,18 @@ def two_servers() -> Iterator[tuple[Cluster, Cluster, str]]:
             yield primary, standby, url
 
 
-async def _answered(store: Store, number: int) -> bool:
-    """Return whether a token is accepted, as soon as the store answers."""
-    async with asyncio.timeout(20):
+async def _done(act: Callable[[], Awaitable[T]]) -> T:
+    """Return the answer of a store as soon as it gives one."""
+    async with asyncio.timeout(60):
         while True:
             with suppress(StoreUnavailable):
-                return await store.tokens.get(token(number).digest) is not None
+                return await act()
             await asyncio.sleep(0.02)
+
+
+async def _answered(store: Store, number: int) -> bool:
+    """Return whether a token is accepted, as soon as the store answers."""
+    return await _done(lambda: store.tokens.get(token(number).digest)) is not None
 
 
 @pytest.mark.faults
@@ -88,7 +96,7 @@ async def test_a_woken_former_primary_is_not_asked() -> None:
             for number in range(3, 9):
                 results = await asyncio.gather(*(_answered(store, 1) for store in (one, other) for _ in range(10)))
                 assert not any(results), "answered by the former primary"
-                await one.tokens.issue(token(number), 0, START)
+                await _done(lambda: one.tokens.issue(token(number), 0, START))  # noqa: B023
         async with nodes(both, 3) as fresh:
             for store in fresh:
                 assert not await _answered(store, 1), "a node that starts takes the former primary"
