@@ -52,14 +52,14 @@ class TokenRows:
             Figure("auth", "GET /auth, forward-auth", 0.75, "", partial(self._probes, "auth")),
             Figure("cookie", "GET /auth?cookie, forward-auth for browsers", 0.70, "", self._cookie),
             Figure("introspect", "POST /oauth/introspect", 0.45, "", partial(self._probes, "introspect")),
-            Figure("million", "GET /api/token, 1,000,000 tokens", 0.45, "", partial(self._probes, "million")),
+            Figure("million", "GET /api/token, 1,000,000 tokens", 0.55, "", partial(self._probes, "million")),
             Figure("issue", f"POST /api/token, {durable}", 0.20, "", self._issue),
             Figure("oauth", f"POST /oauth/token, {durable}", 0.26, "", self._oauth),
             Figure("revoke", f"DELETE /api/token, {durable}", 0.20, "", self._revoke),
             Figure("login", "logins, default hash, of bare argon2", 0.90, "", self._login),
             Figure("flood", "p99 under wrong logins, of idle p99", 4, "x", self._flood, at_most=True),
-            Figure("start", "start with 1,000,000 tokens", 0.8, "s", self._start, at_most=True),
-            Figure("memory", "memory of a worker, full cache", 120, "MB", self._memory, at_most=True, rounds=1),
+            Figure("start", "start with 1,000,000 tokens", 0.5, "s", self._start, at_most=True),
+            Figure("memory", "memory of a worker, full cache", 100, "MB", self._memory, at_most=True, rounds=1),
         )
 
     @contextmanager
