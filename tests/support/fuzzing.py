@@ -141,8 +141,10 @@ def _answers(data: bytes, methods: Sequence[bytes]) -> Sequence[Answer]:
         length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
         method = methods[len(found)] if len(found) < len(methods) else b""
         size = int(length[1]) if length and status != 204 else 0
-        if method == b"HEAD":  # a refusal may have a body, since the connection ends with it
-            size = min(size, len(data)) if status in REFUSALS else 0
+        if status in REFUSALS and method in {b"HEAD", b""}:  # a refused request is not among the methods
+            size = size if data else 0
+        elif method == b"HEAD":
+            size = 0
         assert len(data) >= size, "an incomplete body"
         found.append(Answer(status, data[:size], b"\r\nconnection: close" in head.lower()))
         data = data[size:]
