@@ -8,7 +8,6 @@ import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import copy
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 from passlib.context import CryptContext
 from passlib.exc import PasslibHashWarning
 from passlib.hash import argon2
-from passlib.utils import consteq
 
 from tokenauth.errors import ConfigError, InvalidCredentials
 from tokenauth.executor import Executor
@@ -89,15 +87,6 @@ class _Hash(NamedTuple):
     scheme: str
     record: Any
 
-    def matches(self, secret: bytes) -> bool:
-        """Return whether a password matches. passlib's `verify` would parse the text each time.
-
-        For a negligible hash, parsing takes longer than hashing.
-        """
-        if self.scheme == "argon2":  # its library takes the text
-            return bool(self.record.verify(secret, self.text))
-        return bool(consteq(self.record._calc_checksum(secret), self.record.checksum))
-
 
 class _Dummy(NamedTuple):
     """A hash that no password matches. It represents a group of users whose hashes have exactly this cost."""
@@ -138,7 +127,6 @@ class Passwords:
             raise ConfigError(f"passwords: a hash of this memory_kib and time_cost {problem}: lower them")
         self._texts: dict[str, str] = {}
         self._dummy_of: dict[str, str] = {}
-        self._parsed = {new.text: new}
         self._costs = {new.text: self.new_cost}
         self._new = _Dummy(new.text, b"", 1)
         self.read_users()
@@ -233,14 +221,12 @@ class Passwords:
                 f" (argon2, bcrypt, scrypt, pbkdf2_sha256){_eaten(user.password_hash)}; {how_to_renew(user)}"
             ) from None
         self._texts[user.password_hash], self._costs[read.text] = read.text, _cost(read)
-        self._parsed[read.text] = read
         problem = self._too_costly(self._costs[read.text])
         if problem is not None:
             raise ConfigError(f"{key}: the password hash of {user.username!r} {problem}; {how_to_renew(user)}")
-        dummy = _without_password(read)
-        self._dummy_of[user.password_hash] = dummy.text
-        self._parsed[dummy.text], self._costs[dummy.text] = dummy, self._costs[read.text]
-        return dummy.text
+        dummy = self._dummy_of[user.password_hash] = _without_password(read)
+        self._costs[dummy] = self._costs[read.text]
+        return dummy
 
     def _dummy_for(self, name: str) -> str:
         """Return the hash to compute for a name that no user has.
@@ -272,7 +258,7 @@ class Passwords:
         if hashed.startswith("$2"):  # bcrypt cannot hash these: they do not match, and must take as long as others
             secret = sent.replace(b"\0", b"?")[:_BCRYPT_BYTES]
         try:
-            return (self._parsed.get(hashed) or _read(hashed)).matches(secret) and secret == sent
+            return bool(_SCHEMES.verify(secret, hashed)) and secret == sent
         except Exception:  # the hash was parsed before, so the machine is the cause
             raise CannotHash(str(self._costs.get(hashed, "unknown"))) from None
 
@@ -316,7 +302,7 @@ def password_problem(password: str) -> str | None:
 
 def is_text(text: str) -> bool:
     """Return whether a text can be encoded in UTF-8, so that it has no lone surrogate."""
-    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def machine_memory_kib() -> int:
@@ -385,13 +371,12 @@ def _cost(read: _Hash) -> Cost:
     return Cost("pbkdf2_sha256", 1, record.rounds * 3e-7)
 
 
-def _without_password(read: _Hash) -> _Hash:
+def _without_password(read: _Hash) -> str:
     """Return a hash with exactly the same cost, whose salt and digest are dots."""
-    record = copy(read.record)
     for part in ("salt", "checksum"):
-        was = getattr(record, part)
-        setattr(record, part, "." * len(was) if isinstance(was, str) else b"." * len(was))
-    return _Hash(str(record.to_string()), read.scheme, record)
+        was = getattr(read.record, part)
+        setattr(read.record, part, "." * len(was) if isinstance(was, str) else b"." * len(was))
+    return str(read.record.to_string())
 
 
 def _size(kib: int) -> str:

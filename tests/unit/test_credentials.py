@@ -306,11 +306,6 @@ def reachable(start: object) -> Iterator[str | bytes]:
             waiting.extend(gc.get_referents(found))
 
 
-def digests(holder: object) -> set[bytes]:
-    """Return what has the length of a fingerprint, of the key, or of the digest in a password hash."""
-    return {each for each in reachable(holder) if isinstance(each, bytes) and len(each) == 32}
-
-
 async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, passwords: Passwords) -> None:
     """Fingerprints that were precomputed, or come from other processes, do not match."""
     throttle = keeper.credentials._throttle
@@ -318,7 +313,7 @@ async def test_each_process_keeps_a_different_secret_digest(keeper: Keeper, pass
     for _ in range(2):
         credentials = Credentials(keeper.users, passwords, throttle, lambda: START)
         await credentials.verify_cached([ANN], HOME)
-        found.append(digests(credentials) - digests(passwords))
+        found.append({each for each in reachable(credentials) if isinstance(each, bytes) and len(each) == 32})
     assert len(found[0]) == len(found[1]) == 2, "a key and a fingerprint"
     assert not found[0] & found[1]
 
