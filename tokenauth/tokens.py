@@ -29,6 +29,9 @@ _SEARCH_STEP = 1000
 _LOOKUP_BATCH = 1000
 """Number of tokens that are looked up at the same time while a text is searched."""
 
+_READ_AT_ONCE = 4
+"""Number of tokens that are read whole at the same time. Each takes a connection, and none may wait long for one."""
+
 _LOG_OUT_BATCH = 32
 """Number of tokens of one log-out that are revoked at the same time. More would delay other clients."""
 
@@ -324,8 +327,9 @@ class Tokens:
         found = []
         for start in range(0, len(digests), _LOOKUP_BATCH):
             batch = digests[start : start + _LOOKUP_BATCH]
-            known = [token for token in await asyncio.gather(*map(self._store.tokens.get, batch)) if token is not None]
-            found += await asyncio.gather(*(self._store.tokens.find(token.id) for token in known))  # who asked for them
+            known = [token.id for token in await asyncio.gather(*map(self._store.tokens.get, batch)) if token]
+            for first in range(0, len(known), _READ_AT_ONCE):  # `find` also returns who asked for them
+                found += await asyncio.gather(*map(self._store.tokens.find, known[first : first + _READ_AT_ONCE]))
         now = self._clock()
         return [(token, self.status(token)) for token in found if token is not None and now < token.expires_at]
 
