@@ -13,6 +13,8 @@ from tests.support.servers import START
 from tests.system.postgres.nodes import connected, fresh, nodes
 from tokenauth.errors import StoreUnavailable
 from tokenauth.models import Token
+from tokenauth.settings.model import DatabaseSettings
+from tokenauth.stores.open import examine
 from tokenauth.stores.store import Store
 
 CHANGES: Mapping[str, Callable[[Store, int], Awaitable[object]]] = {
@@ -24,6 +26,10 @@ CHANGES: Mapping[str, Callable[[Store, int], Awaitable[object]]] = {
 
 _CANCEL = """
     SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = current_database()
+"""
+
+_STUCK = """
+    SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state_change < clock_timestamp() - interval '1.1 s'
 """
 
 
@@ -43,6 +49,22 @@ async def waiting_for_a_standby(cluster: Cluster) -> AsyncIterator[None]:
     finally:
         cluster.execute("ALTER SYSTEM RESET synchronous_standby_names")
         cluster.execute("SELECT pg_reload_conf()")
+
+
+async def test_commits_of_other_databases_may_wait(postgres: Cluster, url: str) -> None:
+    """They may ask for more than those of this one, which waits for no standby."""
+    postgres.execute(f'ALTER DATABASE "{url.rpartition("/")[2]}" SET synchronous_commit = local')
+    with fresh(postgres) as other:
+        async with nodes(url) as (node,), connected(other) as waiting, connected(other) as operator:
+            async with waiting_for_a_standby(postgres):
+                numbers = count()
+                stuck = asyncio.create_task(waiting.execute(f"CREATE TABLE stuck{next(numbers)} ()"))
+                while not await operator.fetch(_STUCK):
+                    if stuck.done():  # PostgreSQL has not read its settings yet
+                        stuck = asyncio.create_task(waiting.execute(f"CREATE TABLE stuck{next(numbers)} ()"))
+                assert (await examine(DatabaseSettings(url))).problem is None
+                await node.save_time(START + 1)
+            await stuck
 
 
 @pytest.mark.parametrize("how", CHANGES)

@@ -81,9 +81,13 @@ _PROBE_WRITING = f"""
 """Needs the locks that queries and changes need, so that it fails when those would hang. COMMIT follows."""
 
 _WAITS_FOR_STANDBY = """
-    SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state_change < clock_timestamp() - interval '1 s'
+    SELECT FROM pg_stat_activity
+    WHERE wait_event = 'SyncRep' AND state_change < clock_timestamp() - interval '1 s' AND datname = current_database()
 """
-"""Commits are released in their order, so a probe would wait, too. A role sees what its own connections wait for."""
+"""Commits are released in their order, so a probe would wait, too. A role sees what its own connections wait for.
+
+Those of another database may wait where those of this one do not: `synchronous_commit` can be set for each.
+"""
 
 _NO_STANDBY = "commits wait for a synchronous standby"
 
