@@ -19,10 +19,12 @@ from tests.support.races import POOLS, run_race
 from tests.support.servers import START, HandClock, starting, worker
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, check_log, is_outage, postgres_config, two_workers
-from tests.system.postgres.nodes import nodes
+from tests.system.postgres.nodes import connected, nodes
 from tokenauth.errors import StoreUnavailable
 from tokenauth.settings.model import DatabaseSettings
+from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.open import examine, open_store
+from tokenauth.stores.postgres.transaction import advisory_key
 from tokenauth.stores.store import Store
 
 LEASE_TTL = 30.0
@@ -244,6 +246,15 @@ def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str
     clock = HandClock(tmp_path / "clock", create=True)
     with two_workers(postgres_config(tmp_path, database, POOLS % {"lease_ttl": LEASE_TTL}), clock) as servers:
         run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)
+
+
+async def test_a_long_revocation_stops_no_idle_node(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What revokes many tokens has their lock for a while. Logins that revoke none need it not."""
+    monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
+    async with nodes(database) as (idle,), connected(database) as other, other.transaction():
+        await other.execute(f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)})")
+        assert await idle.ready() is None
+        await idle.tokens.issue(token(1), 0, START)
 
 
 @pytest.mark.extended

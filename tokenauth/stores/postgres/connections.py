@@ -72,13 +72,14 @@ _PROBE_READING = f"""
     SET lock_timeout = '500ms';
     SELECT {", ".join(f"(SELECT 1 FROM {name} LIMIT 1)" for name in metadata.tables)}
 """  # noqa: S608 - constants
-_PROBE_WRITING = f"""
+_BEGIN_PROBE = f"""
     BEGIN; SET LOCAL lock_timeout = '500ms';
     LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
-    SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)});
-    {PROBE};
 """
-"""Needs the locks that queries and changes need, so that it fails when those would hang. COMMIT follows."""
+"""Needs the locks that queries and changes need, so that it fails when those would hang. PROBE and COMMIT follow."""
+
+_LOCK_REVOCATIONS = f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)});"
+"""Only while an operation runs, or after one has failed: one that revokes many tokens may have this lock for longer."""
 
 _WAITS_FOR_STANDBY = """
     SELECT FROM pg_stat_activity
@@ -317,8 +318,9 @@ class Connections:
 
     async def _probe_writing(self) -> str | None:
         refused_for = self._writing.open_for()
+        locking = _LOCK_REVOCATIONS if refused_for or self._writing.busy else ""
         keeping = keep_places(refused_for, self._clock()) if refused_for else ""
-        problem = await self._probe(f"{_PROBE_WRITING} {keeping}; COMMIT", writes=True)
+        problem = await self._probe(f"{_BEGIN_PROBE} {locking} {PROBE}; {keeping}; COMMIT", writes=True)
         if problem is None:
             self._wrote_at = monotonic()
         return problem
