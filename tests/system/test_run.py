@@ -20,6 +20,8 @@ from tests.support.skipping import skip_without
 from tests.support.tcp_proxy import Proxy
 from tests.support.wrapped import LOGIN, Wrapper, ended, guard_of, wrapping
 from tests.system.test_terminal import OnTerminal, on_terminal
+from tokenauth.cli.guard import Command, Terminal
+from tokenauth.clock import boottime
 
 TTL = 2
 """Seconds that a lease lasts."""
@@ -298,6 +300,14 @@ def test_a_frozen_network_is_like_a_cut_one(wrap: Wrapper, admin: PoolUser, netw
     assert ended(command)
     network.heal()
     assert run.wait() == 76
+
+
+@pytest.mark.parametrize("kill_after", [0, 0.1])
+async def test_a_command_is_dead_before_its_lease_is_over(kill_after: float) -> None:
+    command = Command(STUBBORN, Terminal(), kill=True)
+    end = boottime() + 1
+    assert await command.run({}, end, kill_after) == (128 + signal.SIGKILL, True, "")
+    assert boottime() < end
 
 
 def test_an_outage_shorter_than_the_lease_kills_nothing(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:

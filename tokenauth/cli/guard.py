@@ -22,8 +22,8 @@ from tokenauth.clock import boottime
 _NAP = 0.5
 """Seconds after which the clock is read again at the latest: a pause does not count the time of a suspended machine."""
 
-_DYING = 0.05
-"""Seconds that processes are given to end after SIGKILL, before the lease is over."""
+_DYING = 0.2
+"""Seconds that processes are given to end after SIGKILL, before the lease is over: a busy machine needs some."""
 
 _GROUP_NAP = 0.05
 """Seconds between two looks at what is left of the process group of a command that has ended."""
@@ -198,7 +198,7 @@ class _Guard:
         self._pid = 0
         self._status: int | None = None
         self._lease_end = math.inf
-        self._kill_after = 0.0
+        self._notice = 0.0  # seconds from SIGTERM to the end of the lease
         self._lease_over = self._killed = False
         self._exec_errors = -1
 
@@ -230,7 +230,7 @@ class _Guard:
         if self._pid == 0 or self._killed:
             return None
         nap = _NAP if self._status is None else _GROUP_NAP
-        due = self._lease_end - (_DYING if self._lease_over else self._kill_after)
+        due = self._lease_end - (_DYING if self._lease_over else self._notice)
         if due == math.inf:
             return None if self._status is None else nap
         return max(0.0, min(nap, due - boottime()))
@@ -238,7 +238,7 @@ class _Guard:
     def _enforce(self) -> None:
         """Send SIGTERM when the end of the lease is near, and SIGKILL just before it."""
         now = boottime()
-        if not self._lease_over and now >= self._lease_end - self._kill_after:
+        if not self._lease_over and now >= self._lease_end - self._notice:
             self._lease_over = True
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)  # so that a stopped process gets it
@@ -274,7 +274,7 @@ class _Guard:
         for line in lines:
             match json.loads(line):
                 case ["start", environment, lease_end, kill_after]:
-                    self._kill_after = kill_after
+                    self._notice = kill_after + _DYING
                     self._start(environment)
                     self._set_end(lease_end)
                 case ["end", lease_end]:
@@ -289,7 +289,7 @@ class _Guard:
     def _disconnect(self) -> None:
         """End the command: `tokenauth run` was killed, and the lease is no longer kept alive."""
         self._connected = False
-        self._set_end(min(self._lease_end, boottime() + self._kill_after))
+        self._set_end(min(self._lease_end, boottime() + self._notice))
 
     def _start(self, environment: dict[str, str]) -> None:
         self._exec_errors, errors = os.pipe()
