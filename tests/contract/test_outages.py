@@ -4,6 +4,7 @@ import asyncio
 import os
 import resource
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from dataclasses import replace
@@ -227,6 +228,25 @@ async def test_an_outage_keeps_places_of_those_in_front(filled: Place, monkeypat
     await ready_again(filled)
     kept = [id for id in ("first", "second") if await filled.pools.find_place(FULL, ("ann", id), began + 7)]
     assert kept == ["first"]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_probe_that_hangs_loses_no_place(filled: Place) -> None:
+    """It began before the outage, as when the disk stalls in its commit."""
+    assert isinstance(filled.engine, SqliteEngine)
+    began = filled.engine.clock()
+    await filled.pools.ask(FULL, "ann", "live", "x", began, keep=5.0)
+    goes_on = threading.Event()
+    connection, circuit = filled.engine.writer._connection, filled.engine.writer._circuit
+    connection.set_trace_callback(lambda statement: statement == "COMMIT" and goes_on.wait(60))
+    circuit.start_probe()
+    while await filled.store.ready() is None:
+        pass
+    await asyncio.sleep(2 * circuit_breaker.PAUSE)  # the next one waits for it
+    goes_on.set()
+    await ready_again(filled)
+    connection.set_trace_callback(None)
+    assert await filled.pools.find_place(FULL, ("ann", "live"), began + 7) is not None
 
 
 async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> None:

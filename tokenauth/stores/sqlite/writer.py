@@ -264,15 +264,19 @@ class SqliteWriter:
         self._written = True
 
     async def _probe(self) -> str | None:
-        """Write something; return what is wrong, if anything. A probe that hangs is waited for, not repeated.
+        """Write something; return what is wrong, if anything.
 
-        After a failure it writes as much as what failed: on a disk that is nearly full, less might still fit.
+        After a failure it writes as much as what failed: on a disk that is nearly full, less might still fit. One that
+        hangs is waited for, and repeated when it has ended: it may have begun before the outage.
         """
         if monotonic() - self._lock_requested_at > PROBE_TIMEOUT:  # the writing thread still waits for it
             return self._explain(_LOCKED)
         try:
-            if self._probing is None or self._probing.done():
-                self._probing = self._submit(self._probe_now)
+            if self._probing is not None and not self._probing.done():
+                problem = await asyncio.shield(self._probing)
+                if problem is not None:
+                    return problem
+            self._probing = self._submit(self._probe_now)
             return await asyncio.shield(self._probing)
         except Overloaded as error:
             return str(error)
