@@ -60,11 +60,17 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+_EXTENDED = ("tests/system/browser/", "tests/system/postgres/", "tests/system/proxies/")
+"""Folders of tests that need a program which few changes concern: Chromium, PostgreSQL, reverse proxies."""
+
 _LONGEST_FIRST = ("system", "promises", "contract", "wire", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the groups of the longest files, so that the processes of xdist end at about the same time."""
+    """Mark the folders of _EXTENDED. Begin with the longest files, so that the processes of xdist end together."""
+    for item in items:
+        if item.nodeid.startswith(_EXTENDED):
+            item.add_marker(pytest.mark.extended)
     groups = {group: place for place, group in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: groups.get(item.nodeid.split("/", 2)[1], len(groups)))
 

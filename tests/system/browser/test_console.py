@@ -139,7 +139,6 @@ def test_the_token_of_a_login_is_kept_nowhere(page: Page, server: Server, client
     assert probe(client, token)
 
 
-@pytest.mark.extended
 def test_the_login_page_leads_back_to_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
     """Its cookie survives a reload, and ends with the log-out of the console."""
     page.goto(f"{console(server)}#pools/phones")
@@ -157,7 +156,6 @@ def test_the_login_page_leads_back_to_the_same_place(page: Page, server: Server,
     assert not probe(client, token)
 
 
-@pytest.mark.extended
 def test_a_wrong_password_and_a_wrong_token_are_said(page: Page, server: Server, client: httpx.Client) -> None:
     page.goto(f"{console(server)}")
     fill_in(page, password="wrong")
@@ -172,7 +170,6 @@ def test_a_wrong_password_and_a_wrong_token_are_said(page: Page, server: Server,
     expect(page.get_by_role("banner")).to_contain_text("bob")
 
 
-@pytest.mark.extended
 def test_one_login_is_ended_and_then_all_others(page: Page, server: Server, client: httpx.Client) -> None:
     enter(page, server)
     mine = client.get("/api/tokens", headers={"X-Token": log_in(client, "ann", "ann-secret")}).json()["tokens"]
@@ -222,7 +219,6 @@ def test_a_named_token_is_made_shown_once_and_rotated(page: Page, server: Server
     assert not probe(client, successor)
 
 
-@pytest.mark.extended
 def test_the_keyboard_is_enough(page: Page, server: Server, client: httpx.Client) -> None:
     """Tab reaches each button and each time, dialogs keep the focus, and it is never lost."""
     other = log_in(client, "ann", "ann-secret", headers={"User-Agent": "job"})
@@ -269,7 +265,6 @@ DISTANCES = {
 }
 
 
-@pytest.mark.extended
 def test_times_are_said_as_distances(page: Page, server: Server) -> None:
     say = """async ([address, distances]) => {
       const { fromNow } = await import(address);
@@ -287,7 +282,6 @@ def page_import(page: Page, server: Server, file: str, function: str, argument: 
     return found
 
 
-@pytest.mark.extended
 def test_a_refused_action_says_why_in_its_dialog(page: Page, server: Server) -> None:
     enter(page, server)
     dialog = page.get_by_role("dialog")
@@ -317,7 +311,6 @@ def test_a_user_sees_leases_places_and_no_controls(page: Page, server: Server, c
     expect(row(page, "Tokens", "ann, ci-7")).to_have_count(0)
 
 
-@pytest.mark.extended
 def test_a_reservation_by_a_command_names_the_operator(page: Page, server: Server) -> None:
     output(run(server.log.parent, "pool", "reserve", "phones", "pixel-8", "--until", "1h"))
     enter(page, server, "admin", "admin", "#pools/phones")
@@ -364,7 +357,6 @@ def test_a_manager_reserves_ends_and_takes_over(page: Page, server: Server, clie
     assert [event.get("reason") for event in forced] == ["stuck", None]
 
 
-@pytest.mark.extended
 def test_a_login_that_ended_asks_again_at_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
     enter(page, server, view="#pools/phones")
     expect(row(page, "Members", "pixel-8")).to_be_visible()
@@ -374,7 +366,6 @@ def test_a_login_that_ended_asks_again_at_the_same_place(page: Page, server: Ser
     expect(row(page, "Members", "pixel-8")).to_be_visible()
 
 
-@pytest.mark.extended
 def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, context: BrowserContext) -> None:
     enter(page, server, view="#pools/phones")
     expect(row(page, "Members", "pixel-8")).to_be_visible()
@@ -391,7 +382,6 @@ def test_an_outage_is_said_and_what_was_shown_stays(page: Page, server: Server, 
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
 
 
-@pytest.mark.extended
 def test_a_page_older_than_the_service_is_reloaded(page: Page, server: Server) -> None:
     """It does not understand the answers, and only the banner says so."""
     enter(page, server, "admin", "admin")
@@ -410,7 +400,6 @@ def test_a_page_older_than_the_service_is_reloaded(page: Page, server: Server) -
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
 
 
-@pytest.mark.extended
 def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> None:
     """While the database is away, also for who opens the view then. The card of the store says how it is now."""
     logs = tmp_path / "logs"
@@ -439,7 +428,6 @@ def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> Non
             page.get_by_role("link", name="Health").click()
 
 
-@pytest.mark.extended
 def test_it_works_below_a_prefix_of_a_proxy(page: Page, server: Server) -> None:
     def forward(route: Route) -> None:
         if route.request.url.endswith("/api/events"):  # a stream, which `fetch` would read to its end
@@ -495,7 +483,6 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     expect(row(page, "Members", "bob, ci")).to_be_visible()
 
 
-@pytest.mark.extended
 def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, client: httpx.Client) -> None:
     """The text is not sent. Whose a token is, is shown before it ends. The list is read again at once."""
     bob = log_in(client, "bob", "bob-secret", headers={"User-Agent": "job-1"})
@@ -528,7 +515,6 @@ def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, clie
     assert [request for request in sent if "secret" in request] == []
 
 
-@pytest.mark.extended
 def test_what_the_database_cannot_take_is_held(page: Page, server: Server, client: httpx.Client) -> None:
     bob = log_in(client, "bob", "bob-secret")
     enter(page, server, "admin", "admin", "#tokens")
@@ -559,7 +545,6 @@ def test_a_text_has_the_tokens_that_a_log_out_finds(page: Page, server: Server) 
     assert found == [[value.decode() for value in find_values(text.encode())] for text in texts]
 
 
-@pytest.mark.extended
 def test_an_admin_clears_a_user_at_one_address(page: Page, server: Server, client: httpx.Client) -> None:
     """The dialog and the message say at which one, and from where the user still has to wait."""
     right = {"username": "bob", "password": "bob-secret"}
@@ -632,7 +617,6 @@ def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> Non
     expect(page.get_by_text("There is no such view")).to_be_visible()
 
 
-@pytest.mark.extended
 def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: httpx.Client) -> None:
     """In both color schemes axe finds nothing. The views fit into any width, and none breaks the page's policy."""
     ann = {"X-Token": log_in(client, "ann", "ann-secret")}

@@ -22,8 +22,6 @@ from tests.support.ports import free_port
 from tests.support.servers import NO_TLS, ROOT, Server, spawn
 from tests.system.proxies.running import documented, program
 
-pytestmark = pytest.mark.extended
-
 DEPLOY = ROOT / "deploy"
 COMMAND = Path(sys.executable).parent / "tokenauth"
 PASSWORD = "correct horse battery"

@@ -11,8 +11,6 @@ from tests.support.servers import Server
 from tests.system.browser.conftest import Sites
 from tests.wire.openapi.configurations import ALL_DIALECTS, with_dialects
 
-pytestmark = pytest.mark.extended
-
 _HEADING = ".opblock-summary"
 
 _FRAME = """(url) => new Promise((done) => {

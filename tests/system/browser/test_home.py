@@ -1,13 +1,11 @@
 """The page at / of a service without a login page, in a browser."""
 
-import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from tests.support.servers import Server
 from tests.system.browser.test_login_page import violations
 
 
-@pytest.mark.extended
 def test_the_start_page_is_accessible_small_and_correct(context: BrowserContext, server: Server) -> None:
     """In both color schemes axe finds nothing. It fits into 320 pixels, and does not break its own policy."""
     problems: list[str] = []

@@ -370,7 +370,6 @@ HELD = """(name) => {
 }"""
 
 
-@pytest.mark.extended
 def test_a_logout_does_not_wait_for_a_login(sliding: App, issuer: Issuer, open_tab: Opener) -> None:
     """Neither here nor in other tabs, whose logins it ends, too, also one that has not finished."""
     more, waiting = open_tab(url=issuer.url), open_tab(url=issuer.url)
@@ -744,7 +743,6 @@ def test_a_fixed_lifetime_is_asked_for_once(ann: App, server: Server, clock: Han
     ann.wait_for("login", "expired")
 
 
-@pytest.mark.extended
 def test_a_failed_renewal_stops_no_request(sliding: App, issuer: Issuer) -> None:
     for status in (404, 500, 503):
         assert sliding.run(LOG_IN, "ann") is None
@@ -783,7 +781,6 @@ def test_a_token_that_was_used_elsewhere_lives_on(sliding: App, issuer: Issuer) 
     assert sliding.events == ["login"]
 
 
-@pytest.mark.extended
 def test_a_wrong_clock_ends_no_login(app: App, issuer: Issuer) -> None:
     for off in (-365 * 86400, -3600, 3600, 365 * 86400):
         app.open(url=issuer.url)
@@ -842,7 +839,6 @@ def test_a_user_is_the_same_however_typed(ann: App, open_tab: Opener, typed: str
     other.wait_for("login", "other_tab")
 
 
-@pytest.mark.extended
 def test_names_are_the_same_that_the_server_says(app: App) -> None:
     """For every character that this Python knows."""
     code = """async ([module, letters]) => {

@@ -10,7 +10,7 @@ from tests.system.browser.gate import DOMAIN, Gate, make_certificate, running
 HOSTS = {f"app.{DOMAIN}": "__Host-tokenauth", "localhost": "tokenauth"}
 """The cookie at each host. tests/system/proxies/test_browsers.py uses localhost, too: here it is for `make faults`."""
 
-pytestmark = [pytest.mark.usefixtures("_gate_asks"), pytest.mark.extended]
+pytestmark = pytest.mark.usefixtures("_gate_asks")
 
 
 @pytest.fixture(scope="module", params=[f"app.{DOMAIN}", pytest.param("localhost", marks=pytest.mark.faults)])

@@ -164,7 +164,6 @@ def test_a_log_out_ends_the_login_in_all_tabs(
     assert login_cookie(context) is None, "a cookie that is not valid is deleted"
 
 
-@pytest.mark.extended
 def test_back_after_a_log_out_shows_nothing_private(page: Page, gate: Gate) -> None:
     log_in(page, gate)
     page.goto(f"{gate.origin(AUTH)}/")
@@ -177,7 +176,6 @@ def test_back_after_a_log_out_shows_nothing_private(page: Page, gate: Gate) -> N
         expect(page.get_by_role("heading").first).to_have_text(re.compile("Log in|You are logged out|Not logged in"))
 
 
-@pytest.mark.extended
 def test_two_tabs_can_log_in_one_after_the_other(page: Page, context: BrowserContext, gate: Gate) -> None:
     page.goto(f"{gate.origin(APP)}/one")
     with context.new_page() as other:
@@ -219,7 +217,6 @@ def test_a_browser_without_cookies_is_told_so(page: Page, context: BrowserContex
     expect(alert).to_contain_text(APP)
 
 
-@pytest.mark.extended
 def test_the_page_is_usable_by_keyboard_alone(page: Page, gate: Gate) -> None:
     page.goto(gate.origin(APP))
     expect(page.get_by_label("User name")).to_be_focused()
@@ -264,7 +261,6 @@ def violations(page: Page, *rules: str) -> list[str]:
     return [violation["id"] for violation in Axe().run(page, options=options).response["violations"]]
 
 
-@pytest.mark.extended
 def test_every_page_is_accessible_small_and_correct(context: BrowserContext, page: Page, gate: Gate) -> None:
     """In both color schemes axe finds nothing. The pages fit into 320 pixels, and none breaks its own policy."""
     problems: list[str] = []
@@ -288,7 +284,6 @@ def test_every_page_is_accessible_small_and_correct(context: BrowserContext, pag
     assert len(problems) >= 1, "the console is recorded: the wrong password was a 401"
 
 
-@pytest.mark.extended
 def test_axe_would_find_a_mistake(page: Page, gate: Gate) -> None:
     page.goto(f"{gate.origin(AUTH)}/login")
     page.evaluate("document.querySelector('label').remove()")

@@ -199,7 +199,6 @@ def refusal(frame: Frame, path: str, **init: Any) -> str:
     return console.value.text
 
 
-@pytest.mark.extended
 def test_a_foreign_page_reads_no_answer(foreign: Frame, sites: Sites, client: httpx.Client) -> None:
     """It cannot even distinguish a valid token. It can read what allows any origin."""
     token = log_in(client)
@@ -208,7 +207,6 @@ def test_a_foreign_page_reads_no_answer(foreign: Frame, sites: Sites, client: ht
     assert ask(foreign, f"{sites.one.origin('127.0.0.1')}/open")["body"] == "open"
 
 
-@pytest.mark.extended
 def test_no_preflighted_foreign_request_is_sent(foreign: Frame, server: Server, client: httpx.Client) -> None:
     token = log_in(client, "ann", "ann-secret")
     mine = {"X-Token": token}

@@ -23,8 +23,6 @@ from tokenauth.stores.changes.pools import pool_lock
 from tokenauth.stores.postgres.transaction import SERVER_CLOCK, advisory_key
 from tokenauth.stores.store import Store
 
-pytestmark = pytest.mark.extended
-
 POOLS = [Pool("p", 60, 240, capacity=40), Pool("q", 60, 240)]
 _FILL = "INSERT INTO revocations (digest, at) SELECT sha256(n::text::bytea), $1 FROM generate_series(1, 3000) AS n"
 _WAITING = "SELECT locktype FROM pg_locks WHERE NOT granted"

@@ -16,8 +16,6 @@ from tests.system.postgres.clocks import ShiftedDatabase, skewed
 from tests.system.postgres.nodes import fetch, fresh, nodes, write_config_for
 from tokenauth.models import LeaseCheck, Pool
 
-pytestmark = pytest.mark.extended
-
 HOUR = 3600
 SKEWS = (HOUR, -HOUR)
 LEASE_TTL, TOKEN_TTL = 1000, 5000

@@ -18,8 +18,6 @@ from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 
-pytestmark = pytest.mark.extended
-
 T = TypeVar("T")
 
 

@@ -19,7 +19,6 @@ def several(database: str, *ports: int) -> str:
     return f"postgresql+asyncpg://{url.username}@/{url.database}?{hosts}"
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("first", ["silent", "refusing"])
 @pytest.mark.parametrize("place", [0, 1])
 async def test_a_silent_host_delays_no_connection(postgres: Cluster, database: str, first: str, place: int) -> None:

@@ -240,7 +240,6 @@ def test_a_connection_lost_during_commit_is_503(
             check_log(server)
 
 
-@pytest.mark.extended
 def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str, tmp_path: Path) -> None:
     """As on SQLite, the clock jumps during requests, often to just before a lease ends."""
     clock = HandClock(tmp_path / "clock", create=True)
@@ -257,7 +256,6 @@ async def test_a_long_revocation_stops_no_idle_node(database: str, monkeypatch: 
         await idle.tokens.issue(token(1), 0, START)
 
 
-@pytest.mark.extended
 async def test_a_missing_synchronous_standby_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a node that has written nothing."""
     with cluster(fsync=False) as primary:

@@ -30,8 +30,6 @@ from tokenauth.stores.postgres.transaction import PostgresTransaction
 from tokenauth.stores.store import PoolStore, TokenStore
 from tokenauth.stores.tables import metadata
 
-pytestmark = pytest.mark.extended
-
 A = TypeVar("A")
 T = TypeVar("T")
 

@@ -10,8 +10,6 @@ from tests.support.servers import Server, log_in, worker
 from tests.support.streaming import EventStream
 from tests.system.postgres.nodes import write_config_for
 
-pytestmark = pytest.mark.extended
-
 SETTINGS = """
 [server]
 trusted_proxies = ["127.0.0.1"]

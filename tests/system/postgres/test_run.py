@@ -13,8 +13,6 @@ from tests.support.wrapped import Wrapper, ended, wrapping
 from tests.system.postgres.nodes import write_config_for
 from tests.system.test_run import SLEEP, TTL
 
-pytestmark = pytest.mark.extended
-
 POOLS = f"""
 [pools.permit]
 capacity = 1

@@ -141,7 +141,6 @@ def start_together(url: str, count: int, directory: Path) -> None:
     assert events == ["database_created"], "one process must create the schema, and none may log anything else"
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("isolation", ["read committed", "serializable"])
 def test_nodes_upgrade_an_empty_database_at_once(
     postgres: Cluster, database: str, tmp_path: Path, isolation: str
@@ -161,7 +160,6 @@ async def test_a_start_without_an_upgrade_takes_no_lock(url: str) -> None:
             assert await node.ready() is None
 
 
-@pytest.mark.extended
 async def test_a_start_logs_its_wait_for_an_upgrade_and_can_stop(database: str, tmp_path: Path) -> None:
     config = write_config_for(database, tmp_path)
     command = [TOKENAUTH, "serve", "--config", str(config), "--port", "0"]

@@ -28,7 +28,7 @@ FIRST, *OTHERS = PRODUCTS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run behind the other proxies than FIRST in `make test-extended`, and with further parameters in `make faults`."""
+    """Run behind the other proxies than FIRST with the first parameters only, and in `make faults` with all."""
     begun = set[tuple[str, str]]()
     for item in items:
         if not item.nodeid.startswith("tests/system/proxies/") or not isinstance(item, pytest.Function):
@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in OTHERS:
             if name in parameters and not any(item.iter_markers("faults")):
                 test = (item.nodeid.partition("[")[0], name)
-                item.add_marker(pytest.mark.faults if test in begun else pytest.mark.extended)
+                if test in begun:
+                    item.add_marker(pytest.mark.faults)
                 begun.add(test)
 
 

@@ -15,8 +15,6 @@ from tests.system.proxies.peers import Arrived, Relay
 from tests.system.proxies.running import PRODUCTS, Proxy, running
 from tests.system.proxies.test_cookies import COOKIE, KEEP_COOKIES
 
-pytestmark = pytest.mark.extended
-
 APP = "https://app.example.com"
 AUTH = "https://auth.example.com"
 
