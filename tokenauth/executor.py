@@ -54,7 +54,7 @@ class Executor(Generic[Job, Result]):
         self._start_failed = False
 
     def run(self, job: Job) -> asyncio.Future[Result]:
-        """Run a job; return the future of its result, which the caller may also end.
+        """Run a job; return the future of its result, which the caller may also set or cancel.
 
         Raises Overloaded when too many wait, or when no thread can be started. The job of a caller that was cancelled
         keeps its place in the bound until it is done.

@@ -593,7 +593,7 @@ class LeaseRequest:
 
 
 RequestKey = tuple[str, str]
-"""The user and the id: no two requests for one pool have the same."""
+"""The user and the id: no two requests for one pool have the same pair."""
 
 
 @dataclass(frozen=True, slots=True)

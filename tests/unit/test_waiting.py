@@ -153,7 +153,11 @@ async def test_the_same_request_waits_in_one_place_only(workers: Workers) -> Non
     elsewhere = await workers.ask("mine", workers.other)
     await workers.pools.release(workers.pool, first.value)
     token = await granted(elsewhere)
-    assert await granted(newer) == token, "it is told that another process was asked last"
+    answer = await newer
+    if isinstance(answer, Waits):  # it was told before the release that another process was asked last
+        answer = await workers.pools.lease(workers.pool, ANN, LeaseTerms("job", "mine", wait=30))
+    assert isinstance(answer, Grant)
+    assert [*answer.tokens] == [token]
     late = await workers.other.lease(workers.pool, ANN, LeaseTerms("job", "mine", wait=30))
     assert isinstance(late, Grant)
     assert [*late.tokens] == [token]

@@ -337,7 +337,7 @@ def _without_tables(report: DatabaseReport) -> Finding:
     text = f"{report.name} has no tables of tokenauth; `serve` makes them"
     if report.others:
         more = f"{text}, beside {count(len(report.others), 'table')} of another program"
-        return Finding("warning", "database", more, f"{schema.OWN_DATABASE}, unless they shall share this one")
+        return Finding("warning", "database", more, f"{schema.OWN_DATABASE}, unless both are meant to share this one")
     return Finding("ok", "database", text)
 
 

@@ -812,7 +812,7 @@ class Supervisor:
         self._stop_worker(worker)
 
     def _stop(self, signal_name: str | None) -> None:
-        """Stop listening and stop the workers, also if the end of a reload cannot be said."""
+        """Stop listening and stop the workers, even if reporting the end of a reload fails."""
         self._stopping = True
         try:
             self._finish_reload()

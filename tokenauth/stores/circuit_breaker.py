@@ -57,7 +57,7 @@ class Circuit:
         """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails.
 
         `refusal` makes the errors that it raises. `probe_ends_outage`: a probe does what the end of an outage needs, so
-        one that began before it opened does not close it.
+        a probe that began before the circuit opened does not close it.
         """
         self.problem: str | None = None
         """Why operations are refused; None while it is closed."""

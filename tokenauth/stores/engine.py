@@ -74,7 +74,7 @@ A = TypeVar("A")
 class Change(Struct, Generic[A_co], kw_only=True):
     """A change to the database; the type parameter is the type of its answer.
 
-    It is a Struct because there are many: each dataclass would make every start half a millisecond longer.
+    It is a Struct because there are many kinds: each dataclass would make every start half a millisecond longer.
     """
 
     now: Instant = 0.0

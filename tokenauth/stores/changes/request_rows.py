@@ -77,8 +77,8 @@ def keep_places(seconds: float, now: Instant) -> str:
     """Return the statement with which those keep their places who waited when an outage began, `seconds` ago.
 
     Their clients could not ask again, and can within KEPT seconds from now on. It may be run several times. Of very
-    many, those in front keep theirs: an outage must not last because they are many. On a node that was not cut off,
-    places that lapsed meanwhile come back for that time, too.
+    many, those in front keep theirs: an outage must not last because they are many. Other nodes may not have been
+    cut off: places that lapsed there meanwhile come back, too.
     """
     began = now - seconds - _NOTICED
     waited = f"granted_at IS NULL AND kept_until > {began!r} AND kept_until < {now + KEPT!r}"

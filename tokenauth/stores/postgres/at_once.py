@@ -372,7 +372,7 @@ def _update_leases(db: PostgresTransaction, changes: Sequence[LeaseUpdate]) -> S
 
 
 def _over(pool: Pool, token: PoolToken, now: Instant) -> float:
-    """Return the cutoff at the instant 0 of what a token is now: leased, lapsed or free."""
+    """Return how far after now `free_at` must be while the token is what it is now: leased, lapsed or free."""
     if token.is_leased(now):
         return 0.0
     return pool.cutoff(0.0) if token.holder is None else pool.lapsed_cutoff(0.0)

@@ -85,9 +85,10 @@ _WAITS_FOR_STANDBY = """
     SELECT FROM pg_stat_activity
     WHERE wait_event = 'SyncRep' AND state_change < clock_timestamp() - interval '1 s' AND datname = current_database()
 """
-"""Commits are released in their order, so a probe would wait, too. A role sees what its own connections wait for.
+"""Commits are released in their order, so a probe would wait, too.
 
-Those of another database may wait where those of this one do not: `synchronous_commit` can be set for each.
+A role sees what its own connections wait for, a superuser all. Those of another database may wait where those of this
+one do not: `synchronous_commit` can be set for each.
 """
 
 _NO_STANDBY = "commits wait for a synchronous standby"

@@ -24,7 +24,8 @@ PATIENCE = 0.5
 WITHIN = 1.0
 """Seconds after which a statement of `at_once` fails, from when it is sent.
 
-A node knows the database's clock with an error of a round trip at most, by which they are fewer. They include PATIENCE.
+A node's estimate of the database's clock may be wrong by one round trip: a statement then has that much less time.
+PATIENCE counts within it.
 """
 
 CHANNEL = "tokenauth_revocations"

@@ -60,8 +60,8 @@ class Reader:
     All look-ups of tokens and of failed logins in one iteration of the event loop read the same snapshot of the file:
     its locks then cost two system calls an iteration, instead of two a look-up. A request sees what was committed
     before it was received: its task runs after `_end_snapshot`, which the iteration before has scheduled. For the same
-    reason, a login sees each failure that its process no longer counts in memory: its count is removed in a later
-    iteration than that in which its commit is known.
+    reason, a login sees each failure that its process no longer counts in memory: the process stops counting it in a
+    later iteration than the one in which it learns of the commit.
     """
 
     sees_commits = True
