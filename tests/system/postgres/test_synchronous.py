@@ -80,7 +80,11 @@ async def test_a_commit_that_standbys_may_lack_is_refused(postgres: Cluster, url
                     change = asyncio.ensure_future(CHANGES[how](node, next(numbers)))
             with pytest.raises(StoreUnavailable):
                 await change
+            asking = asyncio.ensure_future(node.ready())
+            while not asking.done():  # nor does a probe, whose wait is cancelled too, end the outage
+                await operator.fetch(_CANCEL)
+            assert await asking is not None
         async with asyncio.timeout(30):
             while await node.ready() is not None:
-                pass
+                await operator.fetch("SELECT")  # so that the probe goes on
         await CHANGES[how](node, next(numbers))

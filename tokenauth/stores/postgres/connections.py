@@ -333,6 +333,8 @@ class Connections:
                 if writes and await _waits_for_standby(db):
                     return _NO_STANDBY
                 await db.execute(statements)
+                if db.unconfirmed:
+                    return _NO_STANDBY
         except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
             return None  # it answers: the open connections will find out whether they still work
         except UNAVAILABLE as error:
