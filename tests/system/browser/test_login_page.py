@@ -242,8 +242,10 @@ def visit_all(page: Page, gate: Gate) -> Iterator[str]:
     yield "login with a note"
     page.goto(f"{gate.origin(APP)}/")
     fill_in(page, password="wrong")
+    expect(page.get_by_role("alert")).to_be_visible()
     yield "login with an error"
     fill_in(page)
+    page.wait_for_url(f"{gate.origin(APP)}/")
     page.goto(f"{auth}/login?rd={gate.origin(APP)}/")
     yield "logged in already"
     page.goto(f"{auth}/")
