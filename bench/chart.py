@@ -27,6 +27,7 @@ def draw(rows: Sequence[Row], sizes: Sequence[str], directory: Path) -> None:
         "bench-growth.svg": _growth([row for row in known if row.points], sizes),
         "bench-latency.svg": _latencies([row for row in known if row.p999_ms is not None and row.figure.unit == "ms"]),
     }
+    directory.mkdir(parents=True, exist_ok=True)
     for name, chart in charts.items():
         if chart is not None:
             (directory / name).write_text(_USELESS.sub("", chart.render(is_unicode=True)), encoding="utf-8")
