@@ -32,7 +32,7 @@ serve: .venv/.serves
 	@$(BIN)/tokenauth serve $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 
 # Tests start many processes: bytecode is kept, whatever the environment says.
-TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o longest_test=300 -n 4 --dist loadfile --no-loadscope-reorder
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -o longest_test=300 -n 6 --dist loadfile --no-loadscope-reorder
 
 # What each change needs. The rest is in test-extended: what takes long and few changes concern.
 test: install
