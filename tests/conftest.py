@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import tempfile
-import time as times
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from time import monotonic
@@ -146,7 +145,7 @@ class _HangWatch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        now = times.monotonic()
+        now = monotonic()
         if now > self._started + self._longest / 10:
             self._started = now
             stderr = item.config.stash[fault_handler_stderr_fd_key]

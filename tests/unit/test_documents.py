@@ -14,6 +14,7 @@ import pytest
 from tests.support.servers import ROOT
 from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
+from tokenauth.cli import doctor
 from tokenauth.cli.base import record_change
 from tokenauth.cli.main import main
 from tokenauth.cli.run import run
@@ -64,6 +65,17 @@ def test_each_link_leads_somewhere(path: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(f"{file}#{anchor}")
     assert broken == []
+
+
+def test_sections_that_messages_name_exist() -> None:
+    sources = [path.read_text() for path in (ROOT / "tokenauth").rglob("*.py")]
+    named = {each for source in sources for each in re.findall(r'docs/([\w-]+\.md), "([^"{]+)"', source)}
+    calls = [call for source in sources for call in re.findall(r"[^f] _runbook\((.*)\)", source)]
+    runbooks = [*doctor._SECTIONS.values(), *(section for call in calls for section in re.findall(r'"([^"]+)"', call))]
+    named |= {("production.md", section) for section in runbooks}
+    assert len(named) > len(doctor._SECTIONS) + 3
+    missing = [f"{file}: {heading}" for file, heading in named if f"# {heading}\n" not in read(f"docs/{file}")]
+    assert missing == []
 
 
 def test_readme_has_at_most_200_lines() -> None:
