@@ -22,7 +22,7 @@ from tokenauth.clock import boottime
 _NAP = 0.5
 """Seconds after which the clock is read again at the latest: a pause does not count the time of a suspended machine."""
 
-_DYING = 0.2
+DYING = 0.2
 """Seconds that processes are given to end after SIGKILL, before the lease is over: a busy machine needs some."""
 
 _GROUP_NAP = 0.05
@@ -230,7 +230,7 @@ class _Guard:
         if self._pid == 0 or self._killed:
             return None
         nap = _NAP if self._status is None else _GROUP_NAP
-        due = self._lease_end - (_DYING if self._lease_over else self._notice)
+        due = self._lease_end - (DYING if self._lease_over else self._notice)
         if due == math.inf:
             return None if self._status is None else nap
         return max(0.0, min(nap, due - boottime()))
@@ -243,7 +243,7 @@ class _Guard:
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)  # so that a stopped process gets it
             self._send("lease_over")
-        if self._lease_over and not self._killed and now >= self._lease_end - _DYING:
+        if self._lease_over and not self._killed and now >= self._lease_end - DYING:
             self._killed = True
             self._signal(signal.SIGKILL)
 
@@ -274,7 +274,7 @@ class _Guard:
         for line in lines:
             match json.loads(line):
                 case ["start", environment, lease_end, kill_after]:
-                    self._notice = kill_after + _DYING
+                    self._notice = kill_after + DYING
                     self._start(environment)
                     self._set_end(lease_end)
                 case ["end", lease_end]:

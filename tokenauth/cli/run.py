@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenauth import errors, values
-from tokenauth.cli.guard import Command, Ended, Terminal
+from tokenauth.cli.guard import DYING, Command, Ended, Terminal
 from tokenauth.clock import boottime
 from tokenauth.logs import printable
 from tokenauth.settings import durations
@@ -300,7 +300,7 @@ class _Run:
         elif not self._lease_lost:
             self._lease_lost = True
             self._lost_reason = f" {lease.lost_reason}" if lease.lost_reason else ""
-            self._command.extend(boottime() + kill_after)  # SIGTERM now
+            self._command.extend(boottime() + kill_after + DYING)  # SIGTERM now
             if not self._kills:
                 _complain(f"The lease is lost. The command goes on without it.{self._lost_reason}")
 
