@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from importlib import import_module
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -75,7 +75,8 @@ class Forked:
         return code
 
     def send_signal(self, sig: int) -> None:
-        os.kill(self.pid, sig)
+        with suppress(ProcessLookupError):  # it has just ended, as subprocess.Popen allows
+            os.kill(self.pid, sig)
 
 
 def _enter(module: str, command: Sequence[str], directory: Path, streams: Sequence[Path], env: dict[str, str]) -> None:
