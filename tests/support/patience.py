@@ -16,6 +16,4 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CONNECT_TIMEOUT", LONG)
     for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
         monkeypatch.setitem(connections._SETTINGS, setting, f"{LONG:g}s")
-    for probe in ("_PROBE_READING", "_BEGIN_PROBE"):
-        patient = getattr(connections, probe).replace("'500ms'", f"'{LONG:g}s'")
-        monkeypatch.setattr(connections, probe, patient)
+    monkeypatch.setattr(connections, "_BEGIN_PROBE", connections._BEGIN_PROBE.replace("'500ms'", f"'{LONG:g}s'"))

@@ -83,11 +83,6 @@ class Circuit:
         """Return for how many seconds operations have been refused; 0 while it is closed. Any thread may call it."""
         return 0.0 if self.problem is None else monotonic() - self._opened_at
 
-    @property
-    def busy(self) -> bool:
-        """Whether an operation is running."""
-        return bool(self._running)
-
     def check_closed(self) -> None:
         """Raise StoreUnavailable while it is open."""
         if self.problem is not None:

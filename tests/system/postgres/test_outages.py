@@ -247,13 +247,68 @@ def test_thirty_racing_holders_break_no_promise(postgres: Cluster, database: str
         run_race([server.port for server in servers], HandTime(clock), LEASE_TTL, REQUESTS)
 
 
-async def test_a_long_revocation_stops_no_idle_node(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What revokes many tokens has their lock for a while. Logins that revoke none need it not."""
+async def test_a_long_revocation_stops_no_other_node(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What revokes many tokens has their lock for a while. What needs it waits, and logins that revoke none do not."""
     monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
-    async with nodes(database) as (idle,), connected(database) as other, other.transaction():
-        await other.execute(f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)})")
-        assert await idle.ready() is None
-        await idle.tokens.issue(token(1), 0, START)
+    async with nodes(database) as (node,), connected(database) as other:
+        await node.tokens.issue(token(1), 0, START)
+        async with other.transaction():
+            await other.execute(f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)})")
+            waiting = asyncio.ensure_future(node.tokens.revoke(token(1).digest, START))
+            while not await other.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"):
+                pass
+            assert await node.ready() is None
+            await node.tokens.issue(token(2), 0, START)
+        assert await waiting
+
+
+@contextmanager
+def refusing_writes(postgres: Cluster, url: str, condition: str) -> Iterator[None]:
+    """Refuse to write the clock and the probe under a condition, as something that is not supported."""
+    name = name_of(url)
+    postgres.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$BEGIN IF {condition} THEN RAISE feature_not_supported; END IF; RETURN NEW; END$$",
+        name,
+    )
+    trigger = "CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON marks FOR EACH ROW EXECUTE FUNCTION refuse()"
+    postgres.execute(trigger, name)
+    try:
+        yield
+    finally:
+        postgres.execute("DROP FUNCTION refuse CASCADE", name)
+
+
+async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> None:
+    """A probe uses a connection of its own, and one of the pool where the database allows no more."""
+    refused = f'too many connections for database "{name_of(database)}"'
+    async with nodes(database) as (node,):
+        await asyncio.gather(*(node.tokens.list("ann", START, 1) for _ in range(4)))
+        with refusing_writes(postgres, database, "true"):
+            with pytest.raises(StoreUnavailable):
+                await node.save_time(START + 1)
+            assert "feature_not_supported" in (await node.ready() or "")
+            postgres.execute(f'ALTER DATABASE "{name_of(database)}" CONNECTION LIMIT 1')
+            while postgres.log.read_text().count(refused) < 3:
+                assert "feature_not_supported" in (await node.ready() or "")
+                await node.tokens.list("ann", START, 1)
+        async with asyncio.timeout(20):
+            while await node.ready() is not None:
+                await node.tokens.list("ann", START, 1)
+        await node.save_time(START + 1)
+
+
+async def test_a_probe_writes_without_lock_table(
+    postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some databases that speak PostgreSQL's protocol lack it. A probe that wrote nothing would show nothing."""
+    monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
+    locked = "EXISTS (SELECT FROM pg_locks WHERE relation = 'failures'::regclass AND pid = pg_backend_pid())"
+    async with nodes(database) as (node,):
+        with refusing_writes(postgres, database, locked):
+            assert await node.ready() is None
+        with refusing_writes(postgres, database, "true"):
+            assert "feature_not_supported" in (await node.ready() or "")
 
 
 async def test_a_missing_synchronous_standby_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

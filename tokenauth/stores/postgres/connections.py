@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -21,12 +20,11 @@ from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, ChangeKind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
 from tokenauth.stores.changes.request_rows import keep_places
-from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.circuit_breaker import Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate
-from tokenauth.stores.postgres.transaction import WITHIN, PostgresTransaction, advisory_key
+from tokenauth.stores.postgres.transaction import WITHIN, PostgresTransaction
 from tokenauth.stores.tables import metadata
 
 A = TypeVar("A")
@@ -68,18 +66,13 @@ _LOCK_SCHEMA = text("SELECT pg_advisory_xact_lock(hashtextextended('tokenauth sc
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """After a wait for a lock, the commits of others must be visible. The database's default may be another level."""
 
-_PROBE_READING = f"""
-    SET lock_timeout = '500ms';
-    SELECT {", ".join(f"(SELECT 1 FROM {name} LIMIT 1)" for name in metadata.tables)}
-"""  # noqa: S608 - constants
-_BEGIN_PROBE = f"""
-    BEGIN; SET LOCAL lock_timeout = '500ms';
-    LOCK TABLE {", ".join(metadata.tables)} IN ROW EXCLUSIVE MODE;
-"""
-"""Needs the locks that queries and changes need, so that it fails when those would hang. PROBE and COMMIT follow."""
+_BEGIN_PROBE = "BEGIN; SET LOCAL lock_timeout = '500ms'"
+_READ_TABLES = f"SELECT {', '.join(f'(SELECT 1 FROM {name} LIMIT 1)' for name in metadata.tables)}"  # noqa: S608 - constants
+_LOCK_TABLES = f"LOCK TABLE {', '.join(metadata.tables)} IN ROW EXCLUSIVE MODE"
+"""A probe needs the locks on tables that queries and changes need, so that it fails when those would hang.
 
-_LOCK_REVOCATIONS = f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)});"
-"""Only while an operation runs, or after one has failed: one that revokes many tokens may have this lock for longer."""
+It needs none of the advisory locks: a node may have one for long, when it revokes many tokens.
+"""
 
 _WAITS_FOR_STANDBY = """
     SELECT FROM pg_stat_activity
@@ -163,7 +156,7 @@ class Connections:
         self._latest: Instant = 0
         self._clock_written: Instant = 0
         self._reading = Circuit(
-            partial(self._probe, _PROBE_READING),
+            self._probe_reading,
             "store_unreachable",
             "store_reachable_again",
             probe_failed=self._on_unreachable,
@@ -317,29 +310,58 @@ class Connections:
             raise
         self._wrote_at = monotonic()
 
-    async def _probe_writing(self) -> str | None:
-        refused_for = self._writing.open_for()
-        locking = _LOCK_REVOCATIONS if refused_for or self._writing.busy else ""
-        keeping = keep_places(refused_for, self._clock()) if refused_for else ""
-        problem = await self._probe(f"{_BEGIN_PROBE} {locking} {PROBE}; {keeping}; COMMIT", writes=True)
-        if problem is None:
-            self._wrote_at = monotonic()
-        return problem
+    async def _probe_reading(self) -> str | None:
+        return await self._probe(self._reading, _read_tables)
 
-    async def _probe(self, statements: str, writes: bool = False) -> str | None:
-        """Run statements on a connection of their own; return what is wrong, if anything."""
+    async def _probe_writing(self) -> str | None:
+        return await self._probe(self._writing, self._write_tables)
+
+    async def _probe(self, circuit: Circuit, check: Callable[[hosts.Primary], Awaitable[str | None]]) -> str | None:
+        """Check the database on a connection of its own; return what is wrong, if anything.
+
+        Where no more connections are allowed, an outage ends only when one of the pool works.
+        """
         try:
-            async with self.listening() as db:
-                if writes and await _waits_for_standby(db):
-                    return _NO_STANDBY
-                await db.execute(statements)
-                if db.unconfirmed:
-                    return _NO_STANDBY
-        except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
-            return None  # it answers: the open connections will find out whether they still work
+            try:
+                async with self.listening() as db:
+                    return await check(db)
+            except asyncpg.TooManyConnectionsError:
+                if circuit.problem is None:
+                    return None  # it answers: the open connections will find out whether they still work
+                async with self._pooled() as db:
+                    return await check(db)
         except UNAVAILABLE as error:
             return reason(error)
+
+    async def _write_tables(self, db: hosts.Primary) -> str | None:
+        if await _waits_for_standby(db):
+            return _NO_STANDBY
+        refused_for = self._writing.open_for()
+        keeping = keep_places(refused_for, self._clock()) if refused_for else ""
+        write = f"{PROBE}; {keeping}; COMMIT"
+        try:
+            await db.execute(f"{_BEGIN_PROBE}; {_LOCK_TABLES}; {write}")
+        except asyncpg.FeatureNotSupportedError:  # by what only speaks the protocol of PostgreSQL
+            await db.execute(f"ROLLBACK; {_BEGIN_PROBE}; {write}")
+        if db.unconfirmed:
+            return _NO_STANDBY
+        self._wrote_at = monotonic()
         return None
+
+    @asynccontextmanager
+    async def _pooled(self) -> AsyncIterator[hosts.Primary]:
+        """Use a connection of the pool."""
+        async with self._engine.connect() as db:
+            connection = (await db.get_raw_connection()).driver_connection
+            assert isinstance(connection, hosts.Primary)
+            try:
+                yield connection
+            except asyncpg.PostgresError:
+                await db.run_sync(_roll_back)
+                raise
+            except BaseException:
+                await db.invalidate()
+                raise
 
     async def standby_problem(self) -> str | None:
         """Return that commits wait for a synchronous standby, if they do and this role may see it."""
@@ -363,10 +385,11 @@ class Connections:
         return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Replace a connection that was closed, is older than the last outage, or leads to a former primary."""
+        """Replace a connection that was closed, that is older than the last outage, or whose changes may be lost."""
         opened = connection.driver_connection
         openings = self._reading.openings
-        if opened.is_closed() or record.info.setdefault("openings", openings) != openings or self.is_former(opened):
+        is_older = record.info.setdefault("openings", openings) != openings
+        if opened.is_closed() or is_older or opened.unconfirmed or self.is_former(opened):
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:
@@ -432,6 +455,10 @@ class Connections:
         except BaseException:  # it is unknown how far it got
             db.invalidate()
             raise
+
+
+async def _read_tables(db: hosts.Primary) -> None:
+    await db.execute(f"{_BEGIN_PROBE}; {_READ_TABLES}; COMMIT")
 
 
 async def _waits_for_standby(db: hosts.Primary) -> bool:
