@@ -128,7 +128,7 @@ class Machine:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to Patroni, PostgreSQL and their children, the parents first."""
         postmaster = self.directory / "data" / "postmaster.pid"
-        pids = [self._processes["patroni"].pid]
+        pids = [self._processes["patroni"].pid] if "patroni" in self._processes else []
         with suppress(FileNotFoundError):
             pids.append(int(postmaster.read_text().split("\n", 1)[0]))
         for pid in pids:
@@ -139,6 +139,10 @@ class Machine:
     def kill(self) -> None:
         """Kill Patroni and PostgreSQL, as if the machine had lost its power, except that connections are reset."""
         self.send(signal.SIGKILL)
+        self._end("patroni", signal.SIGKILL)
+
+    def kill_patroni(self) -> None:
+        """Kill Patroni alone."""
         self._end("patroni", signal.SIGKILL)
 
     def kill_postgres(self) -> None:
@@ -158,8 +162,7 @@ class Machine:
             link.heal()
 
     def close(self) -> None:
-        if "patroni" in self._processes:
-            self.kill()
+        self.kill()
         self._end("etcd", signal.SIGKILL)
 
     def _end(self, program: str, number: signal.Signals) -> None:

@@ -135,6 +135,22 @@ def test_a_killed_postgresql_is_replaced_at_once(cluster: Machines, tmp_path: Pa
     check_service(outage)
 
 
+def test_a_killed_patroni_is_replaced_with_its_primary(
+    cluster: Machines, tmp_path: Path, report: list[Outage]
+) -> None:
+    """PostgreSQL goes on: until it is stopped, there are two primaries."""
+    with trial(cluster, tmp_path, report) as run:
+        run.begin()
+        primary = cluster.primary
+        primary.kill_patroni()
+        run.promoted()
+        outage = run.end("Patroni killed")
+        primary.start_patroni()
+        cluster.settle()
+        run.load.busy()
+    check_service(outage)
+
+
 def test_a_frozen_primary_that_wakes_decides_nothing(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
     with trial(cluster, tmp_path, report) as run:
         run.begin()

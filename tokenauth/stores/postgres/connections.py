@@ -171,7 +171,6 @@ class Connections:
             probe_ends_outage=True,
         )
         self.start_probe = self._reading.start_probe
-        self.is_former = self._primaries.is_former
 
     @property
     def problem(self) -> str | None:
@@ -385,11 +384,11 @@ class Connections:
         return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Replace a connection that was closed, that is older than the last outage, or whose changes may be lost."""
+        """Replace a connection that was closed, is older than the last outage, or has committed without standbys."""
         opened = connection.driver_connection
         openings = self._reading.openings
         is_older = record.info.setdefault("openings", openings) != openings
-        if opened.is_closed() or is_older or opened.unconfirmed or self.is_former(opened):
+        if opened.is_closed() or is_older or opened.unconfirmed:
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:

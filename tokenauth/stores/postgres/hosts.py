@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import asyncpg
 from sqlalchemy import URL
@@ -96,15 +97,13 @@ class Primaries:
 
     A former primary that was stopped, or cut off, believes that it is the primary until it learns otherwise. Each
     promotion begins a timeline with a higher number. So a server on an earlier timeline than one that was seen is
-    refused, and of two that are found the later one is taken.
+    refused, and of two that are found the later one is taken. Open connections to the former one are closed then: what
+    waits for its answer could wait for a standby that has left it.
     """
 
     def __init__(self) -> None:
         self._newest: dict[int, int] = {}
-
-    def is_former(self, connection: Primary) -> bool:
-        """Return whether another server has been promoted since this one was."""
-        return connection.timeline < self._newest.get(connection.system, 0)
+        self._open: WeakSet[Primary] = WeakSet()
 
     async def connect(self, **arguments: Any) -> Primary:
         """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
@@ -127,9 +126,10 @@ class Primaries:
                 done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
-                found += [attempt.result() for attempt in done if attempt.exception() is None]
-                for one in found:
-                    self._newest[one.system] = max(one.timeline, self._newest.get(one.system, 0))
+                for attempt in done:
+                    if attempt.exception() is None:
+                        found.append(attempt.result())
+                        self._note(found[-1])
             chosen = self._latest(found)
         finally:
             for attempt in attempts:
@@ -138,10 +138,22 @@ class Primaries:
         if chosen is None:
             states = {_place({**arguments, **place}): attempt.exception() for attempt, place in attempts.items()}
             raise _no_primary(states)
+        self._open.add(chosen)
         return chosen
 
+    def _note(self, found: Primary) -> None:
+        """Note the timeline of a server; close the connections to the one that it has replaced, if it has."""
+        if found.timeline > self._newest.get(found.system, 0):
+            self._newest[found.system] = found.timeline
+            for one in filter(self._is_former, [*self._open]):
+                one.terminate()
+
+    def _is_former(self, connection: Primary) -> bool:
+        """Return whether another server has been promoted since this one was."""
+        return connection.timeline < self._newest.get(connection.system, 0)
+
     def _latest(self, found: Iterable[Primary]) -> Primary | None:
-        return next((one for one in found if not self.is_former(one)), None)
+        return next((one for one in found if not self._is_former(one)), None)
 
 
 def _place(arguments: Mapping[str, Any]) -> str:
