@@ -29,6 +29,9 @@ ID_BYTES = 12
 
 SCOPE_PATTERN = r"[\x21\x23-\x5b\x5d-\x7e]+"
 
+NAME_PATTERN = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"
+"""The form of the names of pools and members. They need no encoding in a URL."""
+
 ADMIN = "admin"
 """The scope that may act for other users, and see how the service does."""
 

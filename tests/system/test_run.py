@@ -202,6 +202,7 @@ def test_a_refused_user_exits_with_77(wrap: Wrapper, pool: str, env: dict[str, s
         (["--pool", "long", "--nonsense", "true"], {}, "No such option '--nonsense'"),
         (["--pool", "long", "--wait", "soon", "true"], {}, "'soon' is not a duration"),
         (["--pool", "nowhere", "true"], {}, "no pool of this name"),
+        (["--pool", "..", "true"], {}, "no pool of this name"),
         (["--pool", "long", "--url", "localhost:8000", "true"], {}, "url: must be http"),
         (["--pool", "long", "--url", "http://localhost:99999", "true"], {}, "url: must be http"),
         (["--pool", "long", "true"], {"TOKENAUTH_USERNAME": ""}, "Set TOKENAUTH_TOKEN, or"),

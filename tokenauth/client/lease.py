@@ -21,6 +21,7 @@ import msgspec
 from tokenauth import errors
 from tokenauth.client import issuer
 from tokenauth.clock import Clock
+from tokenauth.models import NAME_PATTERN
 
 Event = TypeVar("Event", threading.Event, asyncio.Event)
 
@@ -145,6 +146,8 @@ class ClientLease(Generic[Event]):
     def __init__(self, terms: Terms, timeout: float, monotonic: Clock, new_event: Callable[..., Event]) -> None:
         if isinstance(terms.labels, str):
             raise TypeError("labels: takes a list of strings, not one string")
+        if not re.fullmatch(NAME_PATTERN, terms.pool):
+            raise errors.UnknownPool  # and it could be another address
         self.token, self.holder, self.fence = "", terms.holder or "", 0
         self.name: str | None = None
         self.labels: tuple[str, ...] = ()
@@ -152,7 +155,7 @@ class ClientLease(Generic[Event]):
         self.lost_reason: str | None = None
         self.on_change: Callable[[], object] | None = None
         self._terms = terms
-        self._pool_url = f"/api/pools/{quote(terms.pool, safe='')}"
+        self._pool_url = f"/api/pools/{terms.pool}"
         self._timeout = timeout
         self._monotonic = monotonic
         self._sent_at = monotonic()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from tokenauth.models import ADMIN, FileLine, Member, Pool, User, is_visible
+from tokenauth.models import ADMIN, NAME_PATTERN, FileLine, Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
 from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
 from tokenauth.settings.origin import DOMAIN, NO_USER, Origin, check_origin, parse_origin
@@ -36,9 +36,6 @@ RiskName = Literal[
 
 _MAX_MEMBERS = 1000
 _MAX_NOTE = 256
-
-MEMBER_NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}"
-"""The form of a member's name. It needs no encoding in a URL."""
 
 LABEL = r"[A-Za-z0-9._:=/+-]{1,64}"
 """The form of a member's label."""
@@ -319,7 +316,7 @@ class BrowserSettings(Table, frozen=True, dict=True):
 class MemberSettings(Table, frozen=True):
     """A member of a pool: the token of one thing with a name, such as a device."""
 
-    name: Annotated[str, text(MEMBER_NAME, "1 to 64 letters, digits, dots, dashes and underscores")]
+    name: Annotated[str, text(NAME_PATTERN, "1 to 64 letters, digits, dots, dashes and underscores")]
     labels: tuple[Annotated[str, text(LABEL, "1 to 64 letters, digits and any of . _ : = / + -")], ...] = ()
     note: str = ""
 
@@ -455,7 +452,7 @@ class Settings(Table, frozen=True, dict=True):
 
     def _check_pools(self) -> None:
         for name in self.pools:
-            if not re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}", name):
+            if not re.fullmatch(NAME_PATTERN, name):
                 raise SettingError(
                     "pools", f"{name!r} is not a name of 1 to 64 letters, digits, dots, dashes and underscores"
                 )

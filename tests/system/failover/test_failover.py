@@ -135,9 +135,7 @@ def test_a_killed_postgresql_is_replaced_at_once(cluster: Machines, tmp_path: Pa
     check_service(outage)
 
 
-def test_a_killed_patroni_is_replaced_with_its_primary(
-    cluster: Machines, tmp_path: Path, report: list[Outage]
-) -> None:
+def test_a_killed_patroni_is_replaced_with_its_primary(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
     """PostgreSQL goes on: until it is stopped, there are two primaries."""
     with trial(cluster, tmp_path, report) as run:
         run.begin()

@@ -80,7 +80,7 @@ async def test_what_waits_at_a_former_primary_is_refused(monkeypatch: pytest.Mon
         async with nodes(several(url, primary.port, standby.port)) as (node,):
             primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
             primary.execute("SELECT pg_reload_conf()")
-            until(lambda: primary.execute("SELECT sync_state FROM pg_stat_replication") == [("sync",)], "it is followed")
+            until(lambda: primary.execute("SELECT sync_state FROM pg_stat_replication") == [("sync",)], "it follows")
             await node.tokens.issue(token(1), 0, START)
             standby.execute("SELECT pg_promote()")
             with pytest.raises(StoreUnavailable):

@@ -122,6 +122,9 @@ def test_more_leases_than_a_user_may_have_are_refused(client: Client, admin: Poo
     [
         pytest.param("nowhere", {}, errors.UnknownPool, "no pool of this name", id="no-such-pool"),
         pytest.param("a?b#c", {}, errors.UnknownPool, "no pool of this name", id="no-pool-can-be-named-so"),
+        pytest.param("..", {}, errors.UnknownPool, "no pool of this name", id="another-path"),
+        pytest.param("", {}, errors.UnknownPool, "no pool of this name", id="no-name"),
+        pytest.param("p" * 100_000, {}, errors.UnknownPool, "no pool of this name", id="too-long"),
         pytest.param("guarded", {}, errors.InsufficientScope, "the scope 'write'", id="scope"),
         pytest.param("permit", {"holder": "a\tb"}, errors.InvalidRequest, "holder: has a", id="holder"),
     ],
