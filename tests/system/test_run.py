@@ -1,5 +1,6 @@
 """`tokenauth run`: a command that runs while a token is leased, and is dead when the lease is over."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -307,8 +308,28 @@ def test_a_frozen_network_is_like_a_cut_one(wrap: Wrapper, admin: PoolUser, netw
 async def test_a_command_is_dead_before_its_lease_is_over(kill_after: float) -> None:
     command = Command(STUBBORN, Terminal(), kill=True)
     end = boottime() + 1
-    assert await command.run({}, end, kill_after) == (128 + signal.SIGKILL, True, "")
+    assert await command.run({}, 60, end, kill_after) == (128 + signal.SIGKILL, True, "")
     assert boottime() < end
+
+
+async def test_a_short_lease_can_be_used_almost_to_its_end() -> None:
+    command = Command(STUBBORN, Terminal(), kill=True)
+    end = boottime() + 1
+    assert await command.run({}, 0.1, end, 0) == (128 + signal.SIGKILL, True, "")
+    assert boottime() > end - 0.02
+
+
+async def test_a_lost_lease_leaves_the_whole_time_to_stop(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    command = Command(("sh", "-c", f"trap '' TERM; touch {started}; exec sleep 1000"), Terminal(), kill=True)
+    running = asyncio.create_task(command.run({}, 60, boottime() + 60, 0.3))
+    async with asyncio.timeout(60):
+        while not started.exists():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+    lost_at = boottime()
+    command.end()
+    assert await running == (128 + signal.SIGKILL, True, "")
+    assert boottime() > lost_at + 0.3
 
 
 def test_an_outage_shorter_than_the_lease_kills_nothing(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:

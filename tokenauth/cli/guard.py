@@ -22,8 +22,11 @@ from tokenauth.clock import boottime
 _NAP = 0.5
 """Seconds after which the clock is read again at the latest: a pause does not count the time of a suspended machine."""
 
-DYING = 0.2
-"""Seconds that processes are given to end after SIGKILL, before the lease is over: a busy machine needs some."""
+_DYING = 0.2
+"""Seconds that processes are given to end after SIGKILL, before the lease is over: a busy machine needs some.
+
+Of a short lease it is a tenth.
+"""
 
 _GROUP_NAP = 0.05
 """Seconds between two looks at what is left of the process group of a command that has ended."""
@@ -79,11 +82,15 @@ class Command:
     def __str__(self) -> str:
         return self._name
 
-    async def run(self, environment: Mapping[str, str], lease_end: float, kill_after: float) -> Ended:
-        """Run the command with these additional variables. Return when it has ended, and no lease is used any more."""
+    async def run(self, environment: Mapping[str, str], ttl: float, lease_end: float, kill_after: float) -> Ended:
+        """Run the command with these additional variables. Return when it has ended, and no lease is used any more.
+
+        ttl: the length of the lease. lease_end: its end, by the clock `boottime`. kill_after: seconds between SIGTERM
+        and SIGKILL.
+        """
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTSTP, self.signal, signal.SIGTSTP)
-        self._send("start", dict(environment), lease_end, kill_after)
+        self._send("start", dict(environment), min(_DYING, ttl / 10), kill_after, lease_end)
         try:
             return await self._follow(reader)
         except BaseException:
@@ -94,8 +101,12 @@ class Command:
             self._writer.close()
 
     def extend(self, lease_end: float) -> None:
-        """Let the command run until `lease_end`, by the clock `boottime`, unless it has been told to end."""
-        self._send("end", lease_end)
+        """Let the command run until `lease_end`, unless it has been told to end."""
+        self._send("extend", lease_end)
+
+    def end(self) -> None:
+        """Send SIGTERM now, and SIGKILL after the time that was given to `run`."""
+        self._send("end")
 
     def signal(self, number: int) -> None:
         """Send a signal to the process group of the command."""
@@ -198,6 +209,7 @@ class _Guard:
         self._pid = 0
         self._status: int | None = None
         self._lease_end = math.inf
+        self._dying = 0.0  # seconds from SIGKILL to the end of the lease
         self._notice = 0.0  # seconds from SIGTERM to the end of the lease
         self._lease_over = self._killed = False
         self._exec_errors = -1
@@ -230,7 +242,7 @@ class _Guard:
         if self._pid == 0 or self._killed:
             return None
         nap = _NAP if self._status is None else _GROUP_NAP
-        due = self._lease_end - (DYING if self._lease_over else self._notice)
+        due = self._lease_end - (self._dying if self._lease_over else self._notice)
         if due == math.inf:
             return None if self._status is None else nap
         return max(0.0, min(nap, due - boottime()))
@@ -243,7 +255,7 @@ class _Guard:
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)  # so that a stopped process gets it
             self._send("lease_over")
-        if self._lease_over and not self._killed and now >= self._lease_end - DYING:
+        if self._lease_over and not self._killed and now >= self._lease_end - self._dying:
             self._killed = True
             self._signal(signal.SIGKILL)
 
@@ -273,12 +285,14 @@ class _Guard:
         *lines, self._received = (self._received + data).split(b"\n")
         for line in lines:
             match json.loads(line):
-                case ["start", environment, lease_end, kill_after]:
-                    self._notice = kill_after + DYING
+                case ["start", environment, dying, kill_after, lease_end]:
+                    self._dying, self._notice = dying, dying + kill_after
                     self._start(environment)
                     self._set_end(lease_end)
-                case ["end", lease_end]:
+                case ["extend", lease_end]:
                     self._set_end(lease_end)
+                case ["end"]:
+                    self._end()
                 case ["signal", number]:
                     self._signal(number)
 
@@ -286,10 +300,14 @@ class _Guard:
         if self._kills and not self._lease_over:
             self._lease_end = lease_end
 
+    def _end(self) -> None:
+        """End the command as if the lease were about to be over."""
+        self._set_end(min(self._lease_end, boottime() + self._notice))
+
     def _disconnect(self) -> None:
         """End the command: `tokenauth run` was killed, and the lease is no longer kept alive."""
         self._connected = False
-        self._set_end(min(self._lease_end, boottime() + self._notice))
+        self._end()
 
     def _start(self, environment: dict[str, str]) -> None:
         self._exec_errors, errors = os.pipe()

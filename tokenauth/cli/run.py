@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenauth import errors, values
-from tokenauth.cli.guard import DYING, Command, Ended, Terminal
+from tokenauth.cli.guard import Command, Ended, Terminal
 from tokenauth.clock import boottime
 from tokenauth.logs import printable
 from tokenauth.settings import durations
@@ -287,20 +287,20 @@ class _Run:
         }
         kill_after = min(self._kill_after, lease.ttl / 3)
         self._started = True
-        lease.on_change = lambda: self._follow(lease, kill_after)
+        lease.on_change = lambda: self._follow(lease)
         try:
-            return await self._command.run(environment, lease.ends_at, kill_after)
+            return await self._command.run(environment, lease.ttl, lease.ends_at, kill_after)
         finally:
             lease.on_change = None
 
-    def _follow(self, lease: "AsyncLease", kill_after: float) -> None:
+    def _follow(self, lease: "AsyncLease") -> None:
         """Tell the guard when the lease ends, after a keep-alive or a refusal of it."""
         if not lease.lost.is_set():
             self._command.extend(lease.ends_at)
         elif not self._lease_lost:
             self._lease_lost = True
             self._lost_reason = f" {lease.lost_reason}" if lease.lost_reason else ""
-            self._command.extend(boottime() + kill_after + DYING)  # SIGTERM now
+            self._command.end()
             if not self._kills:
                 _complain(f"The lease is lost. The command goes on without it.{self._lost_reason}")
 
