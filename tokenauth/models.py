@@ -108,7 +108,7 @@ class DatabaseReport:
     problem: why it cannot be read or written. schema: its revision; None if it is empty.
     written_at: the latest time written to it. network: the kind of its file system, if that is on another machine.
     clock_ahead: seconds by which the clock of its machine is ahead of this one's.
-    others: tables of other programs, if it has none of tokenauth's.
+    others: tables of other programs.
     """
 
     name: str

@@ -22,6 +22,7 @@ from tests.support.journal import until
 from tests.support.postgres import Cluster
 from tests.support.processes import Forked
 from tests.support.servers import Server, log_in, probe, worker, write_config
+from tests.system.postgres.nodes import fetch
 from tests.system.test_cli import mistake, run
 from tests.system.test_terminal import on_terminal
 from tokenauth.stores.schema import HEAD
@@ -260,6 +261,30 @@ def test_tables_of_another_program_are_refused(
     assert found.endswith(f" {clash}: use a database of its own"), found
     lines = " ".join(run(tmp_path, "doctor").stdout.split())
     assert f"{clash}, whose names tokenauth uses -> use a database of its own" in lines, lines
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_an_unfinished_copy_stays_a_database_of_its_own(tmp_path: Path, source: str, database: str, kind: str) -> None:
+    """Another program may have added tables since the copy was interrupted."""
+    target = f"sqlite+aiosqlite:///{tmp_path}/b.db" if kind == "sqlite" else database
+
+    def execute(sql: str) -> None:
+        if kind == "sqlite":
+            with closing(sqlite3.connect(tmp_path / "b.db")) as db, db:
+                db.execute(sql)
+        else:
+            asyncio.run(fetch(target, sql))
+
+    assert run(tmp_path, "copy", "--to", target).returncode == 0
+    execute("CREATE TABLE copy_state (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)")
+    execute(f"INSERT INTO copy_state VALUES ('source', '{tmp_path}/tokenauth.db')")  # noqa: S608 - a constant
+    execute("UPDATE alembic_version SET version_num = 'copying'")
+    execute("CREATE TABLE customers (number INTEGER)")
+    found = mistake(run(tmp_path, "copy", "--to", target))
+    assert found.endswith(" has tables of another program, customers; use a database of its own"), found
+    execute("DROP TABLE customers")
+    done = run(tmp_path, "copy", "--to", target)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_role_without_rights_is_told_what_it_needs(

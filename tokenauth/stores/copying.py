@@ -28,9 +28,6 @@ Key = tuple[Value, ...]
 BATCH = 5000
 """Rows that are in memory at the same time: read from each side, and written in one transaction."""
 
-_STATE = "copy_state"
-"""The table of an unfinished copy that has the name of its source, and the definitions of indexes to be built."""
-
 
 @dataclass(frozen=True)
 class CopiedTable:
@@ -105,10 +102,10 @@ _INDEXES = [str(index.name) for table in TABLES for index in table.table.indexes
 """Indexes that are built after the rows are added, which takes a fraction of the time."""
 
 _CLEAR_TARGET = (
-    f"CREATE TABLE {_STATE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)",
+    f"CREATE TABLE {schema.COPY_STATE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)",
     "DELETE FROM marks",  # an empty database has the time at which it was made
 )
-_SELECT_STATE = f"SELECT content FROM {_STATE} WHERE kind = $1"  # noqa: S608 - constants
+_SELECT_STATE = f"SELECT content FROM {schema.COPY_STATE} WHERE kind = $1"  # noqa: S608 - constants
 _SET_REVISION = "UPDATE alembic_version SET version_num = $1"
 
 
@@ -215,9 +212,9 @@ class Side(ABC):
         async with self.transaction():
             for statement in _CLEAR_TARGET:
                 await self.fetch(statement)
-            await self.fetch(f"INSERT INTO {_STATE} VALUES ('source', $1)", source)  # noqa: S608 - constants
+            await self.fetch(f"INSERT INTO {schema.COPY_STATE} VALUES ('source', $1)", source)  # noqa: S608 - constants
             for name in _INDEXES:
-                await self.fetch(f"INSERT INTO {_STATE} SELECT 'index', {self.indexes} = '{name}'")
+                await self.fetch(f"INSERT INTO {schema.COPY_STATE} SELECT 'index', {self.indexes} = '{name}'")
                 await self.fetch(f'DROP INDEX "{name}"')
             await self.fetch(_SET_REVISION, schema.COPYING)
 
@@ -251,7 +248,7 @@ class Side(ABC):
         """Build one of the missing indexes."""
         async with self.transaction():
             await self.fetch(definition)
-            await self.fetch(f"DELETE FROM {_STATE} WHERE content = $1", definition)  # noqa: S608 - constants
+            await self.fetch(f"DELETE FROM {schema.COPY_STATE} WHERE content = $1", definition)  # noqa: S608 - constants
 
     async def replace(self, table: CopiedTable, stale: Sequence[Key], rows: Sequence[Row]) -> None:
         """Delete the rows with some keys, and write others, in one transaction. What contradicts them is deleted."""
@@ -272,7 +269,7 @@ class Side(ABC):
         """Make the copy a database that can be served, whose next numbers are higher, in one durable transaction."""
         async with self.transaction():
             await self.set_sequences(sequences)
-            await self.fetch(f"DROP TABLE {_STATE}")
+            await self.fetch(f"DROP TABLE {schema.COPY_STATE}")
             await self.fetch(_SET_REVISION, schema.HEAD)
 
     def failure(self, reason: str) -> CopyError:

@@ -24,6 +24,9 @@ ignore. A change that they could not work with starts a new generation.
 COPYING = "copying"
 """The revision of an unfinished copy of another database, with which no release works."""
 
+COPY_STATE = "copy_state"
+"""The table of an unfinished copy that has the name of its source, and the definitions of indexes to be built."""
+
 UNFINISHED_COPY = "an unfinished copy of another database"
 
 FINISH_COPY = "run the same `tokenauth copy` again to finish it, or use another database"
@@ -77,6 +80,12 @@ def version(db: Connection) -> str | None:
     if not inspect(db).has_table("alembic_version"):
         return None
     return db.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def other_tables(tables: Iterable[str], version: str | None) -> list[str]:
+    """Return those of the tables in a database with a revision, or with none, that are of another program."""
+    own = set() if version is None else {"alembic_version", COPY_STATE, *metadata.tables}
+    return sorted({*tables} - own)
 
 
 def taken_names(others: Iterable[str]) -> str:

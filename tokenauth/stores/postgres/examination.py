@@ -11,14 +11,13 @@ from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, reason
 from tokenauth.stores.tables import marks
 
-_OTHERS = text("""
+_TABLES = text("""
     SELECT relname FROM pg_class
     WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     AND relkind IN ('r', 'p', 'v', 'm', 'f')
     AND NOT EXISTS (
         SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e'
     )
-    ORDER BY relname
 """)
 """Without tables of extensions."""
 
@@ -48,8 +47,7 @@ def _read(db: Connection, report: DatabaseReport) -> None:
     if read_only:
         report.problem = "it cannot be written: it is a standby, or read-only"
     report.schema = schema.version(db)
-    if report.schema is None:
-        report.others = db.execute(_OTHERS).scalars().all()
-    else:
+    report.others = schema.other_tables(db.execute(_TABLES).scalars(), report.schema)
+    if report.schema is not None:
         row = db.execute(select(marks.c.at).where(marks.c.name == CLOCK)).first()
         report.written_at = None if row is None else float(row[0])

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing, suppress
 
 from tokenauth.models import DatabaseReport
+from tokenauth.stores import schema
 from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.sqlite import files
 
@@ -28,8 +29,7 @@ def examine(path: str) -> DatabaseReport:
             tables = {name for (name,) in db.execute(_TABLES)}
             if "alembic_version" in tables:
                 [(report.schema,)] = db.execute("SELECT version_num FROM alembic_version").fetchall() or [(None,)]
-            else:
-                report.others = sorted(tables)
+            report.others = schema.other_tables(tables, report.schema)
             if "marks" in tables:
                 rows = db.execute("SELECT at FROM marks WHERE name = ?", (CLOCK,)).fetchall()
                 report.written_at = rows[0][0] if rows else None
