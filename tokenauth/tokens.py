@@ -265,9 +265,22 @@ class Tokens:
 
         `progress` is called after each step with the number so far.
         """
-        kept = keep.digest if keep else None
-        count = await self._store.tokens.revoke_all(username, self._clock(), kept, kind, progress)
+        count = 0
+
+        def note(number: int) -> None:
+            nonlocal count
+            count = number
+            if progress is not None:
+                progress(number)
+
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"
+        kept = keep.digest if keep else None
+        try:
+            await self._store.tokens.revoke_all(username, self._clock(), kept, kind, note)
+        except BaseException:
+            if count:
+                log.warning("revocation_interrupted", user=whose, kind=kind or "all", count=count)
+            raise
         log.info("tokens_revoked", user=whose, kind=kind or "all", count=count)
         return count
 

@@ -4,7 +4,10 @@ import json
 import os
 import resource
 import signal
+import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ import pytest
 
 from tests.promises.test_3_held_log_outs import fill_the_disk, limit_files
 from tests.support.auditing import read_audit, wait_for
-from tests.support.journal import until
+from tests.support.journal import fill, until
 from tests.support.main_process import workers_of
-from tests.support.servers import Server, log_in, serve, write_config
+from tests.support.servers import Server, log_in, serve, worker, write_config
 from tests.support.suspended import suspended
 from tokenauth.audit.chain import Chain
 
@@ -139,6 +142,21 @@ def test_an_admin_who_revokes_is_not_the_owner(audited: Audited) -> None:
     *_, revoked = audited.new(3)
     assert (revoked["action"], revoked["by"], revoked["user"]) == ("revoke_tokens", "admin", "ann")
     assert revoked["details"]["count"] >= 1
+
+
+def test_a_revocation_that_fails_halfway_is_an_act(tmp_path: Path) -> None:
+    file, database = tmp_path / "audit.jsonl", tmp_path / "tokenauth.db"
+    with worker(write_config(tmp_path, f'[audit]\nfile = "{file}"')) as server, server.client() as client:
+        admin = {"X-Token": log_in(client)}
+        fill(database, 10_001, 1, time.time(), lambda _: int(time.time()) + 3600)  # one more than a step deletes
+        with closing(sqlite3.connect(database)) as db, db:
+            db.execute("UPDATE tokens SET username = 'ann' WHERE username = 'user0'")
+            last = "NOT EXISTS (SELECT 1 FROM tokens LIMIT 1 OFFSET 2)"
+            db.execute(f"CREATE TRIGGER fault BEFORE DELETE ON tokens WHEN {last} BEGIN SELECT json('no JSON'); END")
+        assert client.delete("/api/tokens?user=ann", headers=admin).status_code == 503
+        act = wait_for(file, action="revoke_tokens")[-1]
+    assert (act["result"], act["by"], act["user"], act["target"]) == ("interrupted", "admin", "ann", "login")
+    assert act["details"] == {"count": 10_000}
 
 
 @pytest.mark.parametrize("path", ["/api/tokens?user=admin", "/auth?scope=admin", "/api/pools/phones/tokens"])

@@ -31,7 +31,7 @@ ACTS: Mapping[str, Act] = {
     "revocation_lost": Act("revoke_token", ("id",), "lost"),
     "revocations_lost": Act("revoke_tokens", result="lost"),
     "tokens_revoked": Act("revoke_tokens", ("kind",)),
-    "revocation_interrupted": Act("revoke_tokens", result="interrupted"),
+    "revocation_interrupted": Act("revoke_tokens", ("kind",), "interrupted"),
     "named_token_issued": Act("issue_token", ("id",)),
     "named_token_rotated": Act("rotate_token", ("id",)),
     "access_denied": Act("access", ("route",), None),
