@@ -9,6 +9,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -33,12 +34,21 @@ def _sql(statement: Select[Any]) -> str:
 
 _TOKEN = _sql(select(*checked_columns).where(tokens.c.digest == ""))
 _LEASES = "SELECT * FROM pool_tokens WHERE pool = '' AND value = ''"
-_FAILURES = "SELECT key, count, last_at FROM failures WHERE key IN (%s)"
 _REVOKED = _sql(
     select(revocations.c.seq, revocations.c.digest).where(revocations.c.seq > 0).order_by(revocations.c.seq)
 )
 _LAST_SEQ = _sql(select(func.max(revocations.c.seq)))
 _CLOCK = _sql(select(marks.c.at).where(marks.c.name == ""))
+
+
+@cache
+def _failures(count: int) -> str:
+    """Look up one key after the other. With `IN`, SQLite would sort the keys first, which takes twice as long."""
+    return f"""
+        WITH wanted (key) AS (VALUES {", ".join(["(?)"] * count)})
+        SELECT key, count, last_at FROM wanted CROSS JOIN failures USING (key)
+    """  # noqa: S608 - constants
+
 
 _FILES = ("", "-wal", "-shm")
 """Suffixes of the files that SQLite has open while any connection is."""
@@ -127,10 +137,12 @@ class Reader:
 
     def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts of failed logins with one statement. Raises StoreUnavailable."""
+        if not keys:
+            return {}
         if not self._has_snapshot:
             self._begin_snapshot()
         try:
-            rows = self._cursor.execute(_FAILURES % ",".join("?" * len(keys)), keys).fetchall()
+            rows = self._cursor.execute(_failures(len(keys)), [*map(bytearray, keys)]).fetchall()  # as in `token`
         except ERRORS as error:
             raise self._unavailable(error) from error
         return {key: Failures(count, last_at) for key, count, last_at in rows}
@@ -188,7 +200,7 @@ class Reader:
             for sql, key in (
                 (_TOKEN, (os.urandom(32),)),
                 (_LEASES, ()),
-                (_FAILURES % "?", (b"",)),
+                (_failures(1), (b"",)),
                 (_LAST_SEQ, ()),
                 (_CLOCK, (CLOCK,)),
             ):
