@@ -138,11 +138,11 @@ class _State(NamedTuple):
 
 
 class _Delays(NamedTuple):
-    """What the store has about names that are tried together, and the delay of each."""
+    """What the store has about names that are tried together: for each its delay, and the failures still allowed."""
 
     states: Sequence[_State]
     waits: Sequence[_Wait]
-    found: Mapping[bytes, Failures]
+    remaining: Sequence[Mapping[bytes, float]]
     now: Instant
     all_strangers: bool
 
@@ -357,25 +357,20 @@ class Throttle:
             self.refusals += 1
             self._note(state.keys, longest, delays.now)
             raise TooManyAttempts(retry_after=math.ceil(longest.seconds))
-        # Other names that would still have to wait are not tried.
-        states = [state for state, wait in zip(delays.states, delays.waits, strict=True) if wait.seconds <= 0]
-        found, now = delays.found, delays.now
-        remaining = {
-            bucket.key: bucket.remaining(found, now)
-            for state in states
-            for bucket in self._limiting_buckets(state, delays.all_strangers)
-        }
-        for state in states:
-            key = _streak_key(state)
-            remaining[key] = self._settings.free - self._streak_length(found.get(key), now)
-        return states, {key: max(1, int(number) // self._workers) for key, number in remaining.items()}
+        states, limits = [], {}
+        for state, wait, remaining in zip(delays.states, delays.waits, delays.remaining, strict=True):
+            if wait.seconds <= 0:  # other names that would still have to wait are not tried
+                states.append(state)
+                for key, number in remaining.items():
+                    limits[key] = max(1, int(number) // self._workers)
+        return states, limits
 
     async def _read(self, names: Sequence[_Keys]) -> _Delays:
         """Read what has failed under these names, and how long each has to wait."""
         wanted = [
             key for keys in names for key in (keys.known, keys.location_streak, keys.location, keys.name, keys.region)
         ]
-        found = dict(await self._store.failures.get(wanted))
+        found = await self._store.failures.get(wanted)
         now = self._clock()
         states = [self._state(keys, found, now) for keys in names]
         strangers = [state.keys for state in states if not state.known]
@@ -387,20 +382,31 @@ class Throttle:
             for key in (keys.network_streak, keys.name_in_region, keys.network)
         ]
         if more:
-            found |= await self._store.failures.get(more)
+            found = {**found, **await self._store.failures.get(more)}
             now = self._clock()
         all_strangers = len(strangers) == len(states)
-        waits = [self._wait_time(state, all_strangers, found, now) for state in states]
-        return _Delays(states, waits, found, now, all_strangers)
+        waits, remaining = [], []
+        for state in states:
+            wait, allowed = self._assess(state, all_strangers, found, now)
+            waits.append(wait)
+            remaining.append(allowed)
+        return _Delays(states, waits, remaining, now, all_strangers)
 
-    def _wait_time(self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant) -> _Wait:
-        """Return the longest of the delays that apply."""
-        waits = [_NO_WAIT]
-        streak = found.get(_streak_key(state))
-        if streak is not None and (count := self._streak_length(streak, now)):
-            waits.append(_Wait(streak.last_at + self._delay(count) - now, _streak_key(state), count))
-        waits += [_bucket_wait(bucket, found, now) for bucket in self._limiting_buckets(state, all_strangers)]
-        return max(waits, key=_seconds)
+    def _assess(
+        self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant
+    ) -> tuple[_Wait, Mapping[bytes, float]]:
+        """Return the longest of the delays of a name, and how many failures each of its keys still allows."""
+        key, waits = _streak_key(state), [_NO_WAIT]
+        streak = found.get(key)
+        count = self._streak_length(streak, now)
+        remaining: dict[bytes, float] = {key: self._settings.free - count}
+        if streak is not None and count:
+            waits.append(_Wait(streak.last_at + self._delay(count) - now, key, count))
+        for bucket in self._limiting_buckets(state, all_strangers):
+            remaining[bucket.key] = bucket.remaining(found, now)
+            if bucket.key in found:
+                waits.append(_bucket_wait(bucket, found, now))
+        return max(waits, key=_seconds), remaining
 
     def _limiting_buckets(self, state: _State, all_strangers: bool) -> Iterable[_Bucket]:
         shared = [] if state.known else self._refundable_buckets([state.keys], all_strangers)
