@@ -305,7 +305,7 @@ def password_problem(password: str) -> str | None:
 
 def is_text(text: str) -> bool:
     """Return whether a text can be encoded in UTF-8, so that it has no lone surrogate."""
-    return not re.search("[\ud800-\udfff]", text)
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def machine_memory_kib() -> int:
