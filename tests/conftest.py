@@ -62,6 +62,17 @@ def pytest_collection() -> Generator[None, object, object]:
 _EXTENDED = ("tests/system/browser/", "tests/system/postgres/", "tests/system/proxies/")
 """Folders of tests that need a program which few changes concern: Chromium, PostgreSQL, reverse proxies."""
 
+_FAULTS = ("tests/system/failover/", "tests/system/faults/")
+"""Folders of long fault tests only."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import the folders that `-m` leaves out: each process of xdist would."""
+    terms = config.option.markexpr.split(" and ")
+    left_out = (*(_FAULTS if "not faults" in terms else ()), *(_EXTENDED if "not extended" in terms else ()))
+    return f"{collection_path}/".endswith(left_out) or None  # None lets others decide
+
+
 _LONGEST_FIRST = ("system", "promises", "contract", "wire", "unit")
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Body, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -46,6 +45,8 @@ def starlette_app(act: Act) -> ASGIApp:
 
 def fastapi_app(act: Act) -> ASGIApp:
     """Return such an app with FastAPI, which answers 400 to any error while it reads a body."""
+    from fastapi import Body, FastAPI
+
     app = FastAPI(openapi_url=None)
 
     @app.post("/")

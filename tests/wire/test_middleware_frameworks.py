@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import httpx
-import litestar
-import litestar.middleware
 import pytest
-from fastapi import Depends, FastAPI
-from fastapi import Request as FastAPIRequest
 from starlette.applications import Starlette
 from starlette.authentication import requires
 from starlette.middleware import Middleware
@@ -69,13 +65,15 @@ def starlette_app(tokens: Validator) -> ASGIApp:
     )
 
 
-def _user(request: FastAPIRequest) -> Identity:
-    user: Identity = request.user
-    return user
-
-
 def fastapi_app(tokens: Validator) -> ASGIApp:
     """Return the same app in FastAPI, with the user as a dependency."""
+    from fastapi import Depends, FastAPI
+    from fastapi import Request as FastAPIRequest
+
+    def _user(request: FastAPIRequest) -> Identity:
+        user: Identity = request.user
+        return user
+
     app = FastAPI(openapi_url=None)
     app.add_middleware(TokenMiddleware, tokens=tokens, exempt=["/open/*"])
 
@@ -94,6 +92,8 @@ def fastapi_app(tokens: Validator) -> ASGIApp:
 
 def litestar_app(tokens: Validator) -> ASGIApp:
     """Return the same app in Litestar, with a guard."""
+    import litestar
+    import litestar.middleware
 
     def can_write(connection: Any, _: Any) -> None:
         if "write" not in connection.auth.scopes:
@@ -118,6 +118,9 @@ def wrapped_litestar_app(tokens: Validator) -> ASGIApp:
 
 
 async def test_an_exemption_needs_the_full_path_under_litestar(tokens: Validator) -> None:
+    import litestar
+    import litestar.middleware
+
     @litestar.asgi("/admin", is_mount=True, copy_scope=True)
     async def admin(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from tests.support.servers import ROOT, Server, worker, write_config
-from tests.wire.oauth import django_site
 from tests.wire.oauth.forms import UNKNOWN, table
 
 TEXT = (ROOT / "docs" / "oauth.md").read_text()
@@ -90,6 +89,8 @@ def test_each_python_example_runs(issuer: Server, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_documented_django_settings_are_tested(tmp_path: Path) -> None:
+    from tests.wire.oauth import django_site
+
     documented = run(code("python")[3], tmp_path)["OAUTH2_PROVIDER"]
     setting = "RESOURCE_SERVER_INTROSPECTION_CREDENTIALS"
     tested = django_site.provider("https://auth.example.com", setting, ["gateway", "gateway-secret"])

@@ -6,22 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-import requests
-from oauthlib.oauth2 import BackendApplicationClient, InvalidClientError, InvalidScopeError
-from requests.auth import HTTPBasicAuth
-from requests_oauthlib import OAuth2Session as RequestsOAuth2Session
 
 from tests.support.servers import Server, log_in, worker, write_config
 from tests.wire.oauth.forms import ANN, CLIENTS, COLON, GATEWAY, ODD, UNKNOWN, active, fetch
-
-with warnings.catch_warnings(record=True):  # authlib warns that it prefers httpx2, and forces its warnings to be shown
-    from authlib.integrations.base_client import OAuthError  # type: ignore[import-untyped]
-    from authlib.integrations.httpx_client import AsyncOAuth2Client, OAuth2Client  # type: ignore[import-untyped]
-    from authlib.integrations.requests_client import OAuth2Session  # type: ignore[import-untyped]
-    from authlib.oauth2.rfc6749 import MissingAuthorizationError, ResourceProtector  # type: ignore[import-untyped]
-    from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError  # type: ignore[import-untyped]
-    from authlib.oauth2.rfc7662 import IntrospectTokenValidator  # type: ignore[import-untyped]
-    from authlib.oauth2.rfc8414 import AuthorizationServerMetadata, get_well_known_url  # type: ignore[import-untyped]
 
 ISSUER = "https://auth.example.com/one"
 METHODS = ["client_secret_basic", "client_secret_post"]
@@ -41,13 +28,29 @@ def client(issuer: Server) -> Iterator[httpx.Client]:
         yield connected
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warned() -> None:
+    """Import authlib: it warns that it prefers httpx2, and forces its warnings to be shown."""
+    with warnings.catch_warnings(record=True):
+        import authlib.integrations.httpx_client
+        import authlib.integrations.requests_client  # type: ignore[import-untyped]  # noqa: F401
+
+
+@pytest.fixture(params=["httpx", "requests"])
+def library(request: pytest.FixtureRequest) -> Any:
+    """Return the client of authlib for an HTTP library."""
+    from authlib.integrations.httpx_client import OAuth2Client  # type: ignore[import-untyped]
+    from authlib.integrations.requests_client import OAuth2Session
+
+    return OAuth2Client if request.param == "httpx" else OAuth2Session
+
+
 @pytest.fixture
 def _without_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let oauthlib connect without TLS."""
     monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
 
 
-@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
 @pytest.mark.parametrize("method", METHODS)
 def test_authlib_fetches_uses_introspects_and_revokes(
     issuer: Server, client: httpx.Client, library: Any, method: str
@@ -70,6 +73,8 @@ def test_authlib_fetches_uses_introspects_and_revokes(
 
 
 async def test_authlib_fetches_a_new_token_before_expiry(issuer: Server) -> None:
+    from authlib.integrations.httpx_client import AsyncOAuth2Client
+
     async with AsyncOAuth2Client(
         *ANN, token_endpoint=f"{issuer.url}/oauth/token", grant_type="client_credentials"
     ) as session:
@@ -79,9 +84,10 @@ async def test_authlib_fetches_a_new_token_before_expiry(issuer: Server) -> None
         assert session.token["access_token"] != first["access_token"]
 
 
-@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
 @pytest.mark.parametrize("method", METHODS)
 def test_authlib_reads_the_error_of_a_refusal(issuer: Server, library: Any, method: str) -> None:
+    from authlib.integrations.base_client import OAuthError  # type: ignore[import-untyped]
+
     for auth, scope, error in [(("ann", "no"), None, "invalid_client"), (ANN, "admin", "invalid_scope")]:
         with library(*auth, token_endpoint_auth_method=method, scope=scope) as session:
             with pytest.raises(OAuthError) as refusal:
@@ -90,7 +96,6 @@ def test_authlib_reads_the_error_of_a_refusal(issuer: Server, library: Any, meth
             assert refusal.value.description
 
 
-@pytest.mark.parametrize("library", [OAuth2Client, OAuth2Session], ids=["httpx", "requests"])
 @pytest.mark.parametrize(
     ("credentials", "method"),
     [(ODD, "client_secret_basic"), (ODD, "client_secret_post"), (COLON, "client_secret_post")],
@@ -105,28 +110,31 @@ def test_authlib_sends_odd_names_and_secrets(
 
 
 def test_authlib_accepts_the_metadata(issuer: Server, client: httpx.Client) -> None:
+    from authlib.oauth2.rfc8414 import AuthorizationServerMetadata, get_well_known_url  # type: ignore[import-untyped]
+
     document = client.get(get_well_known_url(ISSUER)).json()
     metadata = AuthorizationServerMetadata(document)
     metadata.validate()
     assert metadata["issuer"] == ISSUER
 
 
-class Introspection(IntrospectTokenValidator):  # type: ignore[misc]
-    """Introspects at tokenauth, as in the documentation of authlib."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self._url = url
-
-    def introspect_token(self, token_string: str) -> Any:
-        answer = requests.post(f"{self._url}/oauth/introspect", data={"token": token_string}, auth=GATEWAY, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-
 def test_authlibs_resource_protector_uses_introspection(issuer: Server, client: httpx.Client) -> None:
+    import requests
+    from authlib.oauth2.rfc6749 import MissingAuthorizationError, ResourceProtector  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError  # type: ignore[import-untyped]
+    from authlib.oauth2.rfc7662 import IntrospectTokenValidator  # type: ignore[import-untyped]
+
+    class Introspection(IntrospectTokenValidator):  # type: ignore[misc]
+        """As in the documentation of authlib."""
+
+        def introspect_token(self, token_string: str) -> Any:
+            url = f"{issuer.url}/oauth/introspect"
+            answer = requests.post(url, data={"token": token_string}, auth=GATEWAY, timeout=30)
+            answer.raise_for_status()
+            return answer.json()
+
     guard = ResourceProtector()
-    guard.register_token_validator(Introspection(issuer.url))
+    guard.register_token_validator(Introspection())
 
     def validate(token: str | None, *scopes: str) -> Any:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -152,8 +160,12 @@ def test_authlibs_resource_protector_uses_introspection(issuer: Server, client: 
 def test_requests_oauthlib_fetches_uses_and_revokes(
     issuer: Server, client: httpx.Client, method: str, scope: list[object] | None
 ) -> None:
+    from oauthlib.oauth2 import BackendApplicationClient
+    from requests.auth import HTTPBasicAuth
+    from requests_oauthlib import OAuth2Session
+
     backend = BackendApplicationClient(client_id=ANN[0], scope=scope)
-    with RequestsOAuth2Session(client=backend) as session:
+    with OAuth2Session(client=backend) as session:
         options: dict[str, dict[str, Any]] = {
             "basic": {"client_secret": ANN[1]},
             "auth": {"auth": HTTPBasicAuth(*ANN)},
@@ -174,8 +186,12 @@ def test_requests_oauthlib_fetches_uses_and_revokes(
 
 @pytest.mark.usefixtures("_without_tls")
 def test_requests_oauthlib_handles_odd_names_and_no_scopes(issuer: Server) -> None:
+    from oauthlib.oauth2 import BackendApplicationClient
+    from requests.auth import HTTPBasicAuth
+    from requests_oauthlib import OAuth2Session
+
     for name, secret in (ODD, ("bob", "bob-secret")):
-        with RequestsOAuth2Session(client=BackendApplicationClient(client_id=name)) as session:
+        with OAuth2Session(client=BackendApplicationClient(client_id=name)) as session:
             auth = HTTPBasicAuth(name.encode(), secret.encode())
             session.fetch_token(f"{issuer.url}/oauth/token", auth=auth)
             assert session.get(f"{issuer.url}/api/me").json()["username"] == name
@@ -183,7 +199,10 @@ def test_requests_oauthlib_handles_odd_names_and_no_scopes(issuer: Server) -> No
 
 @pytest.mark.usefixtures("_without_tls")
 def test_oauthlib_reads_the_error_of_a_refusal(issuer: Server) -> None:
-    with RequestsOAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["admin"])) as session:
+    from oauthlib.oauth2 import BackendApplicationClient, InvalidClientError, InvalidScopeError
+    from requests_oauthlib import OAuth2Session
+
+    with OAuth2Session(client=BackendApplicationClient(client_id="ann", scope=["admin"])) as session:
         with pytest.raises(InvalidScopeError):
             session.fetch_token(f"{issuer.url}/oauth/token", client_secret="ann-secret")
         with pytest.raises(InvalidClientError):
