@@ -12,9 +12,9 @@ import pytest
 from tests.promises.test_4_outage import is_outage
 from tests.support.connections import Closed, Connection, NoAnswer, Refused
 from tests.support.journal import serving, until
-from tests.support.servers import Server, write_config
+from tests.support.main_process import workers_of
+from tests.support.servers import HEARTBEAT, Server, write_config
 from tests.system.test_cli import run
-from tokenauth.server.channel import HEARTBEAT
 
 FILE = "tokenauth.db"
 
@@ -37,9 +37,7 @@ def replace(directory: Path) -> None:
 def kill_workers(server: Server) -> None:
     """Kill the workers, and wait until as many serve again."""
     before = len(server.events("started"))
-    pids = [
-        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    ]
+    pids = workers_of(server)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     until(lambda: len(server.events("started")) == before + len(pids), "the workers were replaced")
@@ -129,6 +127,7 @@ def test_a_reload_may_name_another_database(tmp_path: Path) -> None:
         config.write_text(config.read_text().replace(FILE, "other.db"))
         server.process.send_signal(signal.SIGHUP)
         server.wait("stopped")
+        until(lambda: len(workers_of(server)) == 1, "the replaced worker has ended")
         assert (tmp_path / "other.db").exists()
         with Connection(server.port) as connection:
             token = connection.log_in()

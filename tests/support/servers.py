@@ -35,6 +35,9 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 LONGEST_STEP = 5.0
 """How many seconds of a wait count at most between two looks: the machine may have been suspended."""
 
+HEARTBEAT = 0.2
+"""Seconds between two reports of a worker that `serve` starts; 1 in production."""
+
 START = 1_800_000_000.0
 """The first time of every hand-moved clock, in Unix seconds."""
 

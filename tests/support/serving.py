@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 
+from tests.support.servers import HEARTBEAT
 from tokenauth import logs
 from tokenauth.cli.main import main as tokenauth
 from tokenauth.server import supervisor, worker
@@ -65,5 +66,8 @@ def main() -> None:
     if "GRACE" in os.environ:
         for module in (supervisor, worker):
             vars(module)["GRACE"] = int(os.environ["GRACE"])
+    supervisor._TIMEOUT = round(supervisor._TIMEOUT / HEARTBEAT)  # it is a number of reports
+    for module in (supervisor, worker):
+        vars(module)["HEARTBEAT"] = HEARTBEAT
     supervisor._start_python = fork_worker  # type: ignore[assignment]  # it uses what a ForkedWorker has
     tokenauth()

@@ -166,9 +166,10 @@ def test_a_server_that_is_away_exits_with_69(wrap: Wrapper, wait: str, login: di
     url = f"http://127.0.0.1:{free_port()}"
     run = wrap("--pool", "long", "--wait", wait, "true", url=url, **login)
     assert run.wait() == 69
-    late = "" if wait == "0" else f"Waiting for the server at {url}, which has not answered yet.\n"
+    late = f"Waiting for the server at {url}, which has not answered yet.\n"
     problem = f"Error: The server at {url} cannot be reached, or does not answer as tokenauth does.\n"
-    assert run.err == late + problem
+    # on a busy machine a second can pass before the first attempt has failed
+    assert run.err in ({problem, late + problem} if wait == "0" else {late + problem})
 
 
 def test_a_server_that_restarts_is_waited_for(wrap: Wrapper, tmp_path: Path, settings: str) -> None:
