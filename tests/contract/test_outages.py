@@ -209,8 +209,10 @@ async def test_places_outlive_an_outage_and_dead_ones_do_not(filled: Place) -> N
         ]
 
     assert await kept(9.5) == ["patient"]
-    async with locked(filled):
+    async with locked(filled), asyncio.timeout(20):
         await refused(filled, WRITES["save_time"])
+        while await filled.store.ready() is None:  # noqa: ASYNC110 - a probe has not failed yet
+            await asyncio.sleep(0.01)
     await ready_again(filled)
     assert await kept(9.5) == ["live", "patient"]
     assert await kept(60) == ["patient"]
