@@ -32,15 +32,14 @@ def client(issuer: Server) -> Iterator[httpx.Client]:
 def _warned() -> None:
     """Import authlib: it warns that it prefers httpx2, and forces its warnings to be shown."""
     with warnings.catch_warnings(record=True):
-        import authlib.integrations.httpx_client
-        import authlib.integrations.requests_client  # type: ignore[import-untyped]  # noqa: F401
+        from authlib.integrations import httpx_client, requests_client  # type: ignore[import-untyped]  # noqa: F401
 
 
 @pytest.fixture(params=["httpx", "requests"])
 def library(request: pytest.FixtureRequest) -> Any:
     """Return the client of authlib for an HTTP library."""
     from authlib.integrations.httpx_client import OAuth2Client  # type: ignore[import-untyped]
-    from authlib.integrations.requests_client import OAuth2Session
+    from authlib.integrations.requests_client import OAuth2Session  # type: ignore[import-untyped]
 
     return OAuth2Client if request.param == "httpx" else OAuth2Session
 
