@@ -38,6 +38,9 @@ lease_ttl = {LEASE_TTL}
 """
 CAPACITIES = {"one": 1, "three": 3}
 
+_LONGEST_OUTAGE = 180
+"""Seconds after which a client gives up: no fault of these tests lasts for so long."""
+
 WAIT = 0.2
 """Seconds that a client waits for each answer."""
 
@@ -112,7 +115,9 @@ class Line:
     def _until_answered(
         self, method: str, path: str, document: object, token: str, asks: list[str] | None = None
     ) -> Answer:
+        began = monotonic()
         while True:
+            assert monotonic() < began + _LONGEST_OUTAGE, "only refused"
             sent = time()
             port = self.chance.choice(self.ports)
             try:
