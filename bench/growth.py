@@ -5,7 +5,7 @@ import os
 import sqlite3
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import count
@@ -14,7 +14,7 @@ from random import Random
 from statistics import mean
 from typing import NamedTuple
 
-from bench import load, traffic, world
+from bench import load, machine, traffic, world
 from bench.figures import Figure, Sample, Sampler, log_progress
 from bench.mixed import TABLES, WEIGHTS, Mix, expect, is_done, is_ok, leasing, login, probe
 from bench.traffic import Check, Make, Outcome
@@ -31,11 +31,18 @@ MAX_LEASES = 1_000_000
 _FREE = 1000
 """Number of free tokens of each pool."""
 
-_COUNT = 3000
+_COUNTS = {"probe": 5000, "issue": 2000, "revoke": 2000, "lease": 4000}
 """Number of requests of one measurement."""
 
-_PROBES = 20_000
-"""Number of probes of one measurement: they are cheaper."""
+_ROUNDS = 9
+"""Number of rounds: many short ones, so that the sizes are measured soon after each other."""
+
+_LOOK_UPS = """
+cache_size = 1
+ttl = "30d"
+idle = "20d"
+"""
+"""Settings of [tokens] with which each probe is a look-up, and no use of a token is due to be written."""
 
 _BOUND = 1.1
 
@@ -65,6 +72,10 @@ class Databases(ABC):
     @abstractmethod
     def create(self, tokens: int) -> Path:
         """Create a database with tokens and leases; return its configuration."""
+
+    @abstractmethod
+    def files(self, config: Path) -> Iterable[Path]:
+        """Return the files of a database."""
 
     @abstractmethod
     def expire(self, config: Path, tokens: int) -> None:
@@ -111,6 +122,9 @@ class SqliteDatabases(Databases):
         self._sizes[config] = filled, world.database(config).stat().st_size - filled
         world.fill_pool(config, "large", (f"free-{number}" for number in range(_FREE)))
         return config
+
+    def files(self, config: Path) -> Iterable[Path]:
+        return [world.database(config)]
 
     def expire(self, config: Path, tokens: int) -> None:
         with closing(sqlite3.connect(world.database(config))) as db, db:
@@ -182,6 +196,11 @@ class PostgresDatabases(Databases):
         os.sync()
         return config
 
+    def files(self, config: Path) -> Iterable[Path]:
+        query = "SELECT oid FROM pg_database WHERE datname = current_database()"
+        ((number,),) = self._cluster().execute(query, _database(config))
+        return (self._cluster().directory / "data" / "base" / str(number)).glob("[0-9]*")
+
     def expire(self, config: Path, tokens: int) -> None:
         self._run(config, self._fill(config, tokens, time.time() - 86400 - 3600, 600 / tokens, first=2 * LARGE))
 
@@ -222,18 +241,40 @@ def _database(config: Path) -> str:
     return config.parent.name.removeprefix("pg-").replace("-", "_")
 
 
-class _Side:
-    """A server on one of the databases, and which of its tokens are live."""
+class _Live:
+    """Which tokens of a database are live, in all rows."""
 
-    def __init__(self, server: Running, tokens: int, databases: Databases) -> None:
+    def __init__(self, tokens: int) -> None:
+        """`tokens`: how many the database was made with."""
+        self.tokens = tokens
+        self.random = Random(tokens)
+        self.issued: list[str] = []
+        self._revoked: set[int] = set()
+
+    def pop(self) -> str:
+        """Return any live token, which is then revoked. Token 0, which leases, is not."""
+        issued = self.issued
+        if self.random.randrange(self.tokens - 1 - len(self._revoked) + len(issued)) < len(issued):
+            at = self.random.randrange(len(issued))
+            issued[at], issued[-1] = issued[-1], issued[at]
+            return issued.pop()
+        while True:
+            number = self.random.randrange(self.tokens)
+            if number not in self._revoked and number != 0:
+                self._revoked.add(number)
+                return value(number)
+
+
+class _Side:
+    """A server on one of the databases."""
+
+    def __init__(self, server: Running, live: _Live, databases: Databases) -> None:
         self.server = server
-        self._tokens = tokens
+        self._live = live
+        self._random = live.random
         self._databases = databases
-        self._random = Random(tokens)
-        self._issued: list[str] = []
         self._held: list[str] = []
         self._steps = count()
-        self._revoked: set[int] = set()
 
     def cost(self, make: Make, requests: int) -> "_Cost":
         """Send requests on 64 connections, one after the other on each. Return what one costs."""
@@ -245,31 +286,18 @@ class _Side:
         return self.server.cpu_seconds() + self._databases.cpu_seconds()
 
     def probe(self) -> tuple[bytes, Check]:
-        return probe(self._random.randrange(self._tokens)), _is_known
+        return probe(self._random.randrange(self._live.tokens)), _is_known
 
     def issue(self) -> tuple[bytes, Check]:
         return login(self._random.randrange(USERS)), self._was_issued
 
     def _was_issued(self, status: int, body: bytes) -> None:
         expect(status, 200)
-        self._issued.append(json.loads(body)["token"])
+        self._live.issued.append(json.loads(body)["token"])
 
     def revoke(self) -> tuple[bytes, Check]:
         """Revoke any live token."""
-        token = self._any_live()
-        return f"DELETE /api/token HTTP/1.1\r\nHost: bench\r\nX-Token: {token}\r\n\r\n".encode(), is_ok
-
-    def _any_live(self) -> str:
-        issued = self._issued
-        if self._random.randrange(self._tokens - len(self._revoked) + len(issued)) < len(issued):
-            at = self._random.randrange(len(issued))
-            issued[at], issued[-1] = issued[-1], issued[at]
-            return issued.pop()
-        while True:
-            number = self._random.randrange(self._tokens)
-            if number not in self._revoked and number != 0:  # token 0 leases
-                self._revoked.add(number)
-                return value(number)
+        return f"DELETE /api/token HTTP/1.1\r\nHost: bench\r\nX-Token: {self._live.pop()}\r\n\r\n".encode(), is_ok
 
     def lease(self) -> tuple[bytes, Check]:
         """Assign, and release what was assigned before, in turn."""
@@ -306,6 +334,7 @@ class GrowthRows:
         self._databases = databases
         self._seconds = seconds
         self._made: dict[int, Path] = {}
+        self._live = {tokens: _Live(tokens) for tokens in SIZES.values()}
 
     def figures(self) -> Sequence[Figure]:
         """Return the figures in the order of the table."""
@@ -318,7 +347,15 @@ class GrowthRows:
         }
         return (
             *(
-                Figure(f"{name}-{kind}", f"{shown}: {title}", _BOUND, "x", partial(self._costs, measured, kind), True)
+                Figure(
+                    f"{name}-{kind}",
+                    f"{shown}: {title}",
+                    _BOUND,
+                    "x",
+                    partial(self._costs, measured, kind),
+                    True,
+                    _ROUNDS,
+                )
                 for kind, (title, measured) in costs.items()
             ),
             Figure(f"{name}-start", f"{shown}: start", _BOUND, "x", self._start, True),
@@ -347,26 +384,28 @@ class GrowthRows:
     @contextmanager
     def _costs(self, measured: _Measured, kind: str) -> Iterator[Sampler]:
         """Compare the cost of a request with each number of tokens; that with the fewest is measured twice."""
-        more = "cache_size = 1" if kind == "probe" else ""
+        more = _LOOK_UPS if kind == "probe" else ""
         with ExitStack() as stack:
             sides = []
             for tokens in SIZES.values():
+                stack.enter_context(machine.in_memory(self._databases.files(self._config(tokens))))
                 server = stack.enter_context(world.tokenauth(self._config(tokens, more)))
-                sides.append(_Side(server, tokens, self._databases))
+                sides.append(_Side(server, self._live[tokens], self._databases))
             for side in sides:
                 measured(side)  # warm
 
             def sample() -> Sample:
                 first, *others = map(measured, sides)
                 last = measured(sides[0])
-                large = others[-1]
+                medium, large = others
                 small = mean([first.cpu, last.cpu])
                 rate = mean([first.found.rate, last.found.rate])
                 note = (
-                    f"{large.cpu:.0f} microseconds of CPU, {small:.0f} with 1,000; {large.found.rate / rate:.2f} of its"
-                    f" rate, p99 {large.p99:.1f} ms of {mean([first.p99, last.p99]):.1f} ms"
+                    f"{_compared([small, medium.cpu, large.cpu], 'microseconds of CPU')};"
+                    f" {large.found.rate / rate:.2f} of its rate,"
+                    f" p99 {large.p99:.1f} ms of {mean([first.p99, last.p99]):.1f} ms"
                 )
-                points = (small, *(other.cpu for other in others))
+                points = (small, medium.cpu, large.cpu)
                 return Sample(large.cpu / small, large.found.rate, large.p99, note, points=points)
 
             yield sample
@@ -381,10 +420,9 @@ class GrowthRows:
                 return server.start_seconds
 
         def sample() -> Sample:
-            first, *others = map(seconds, configs)
+            first, medium, large = map(seconds, configs)
             small = mean([first, seconds(configs[0])])
-            note = f"{others[-1]:.2f} s, {small:.2f} s with 1,000"
-            return Sample(others[-1] / small, note=note)
+            return Sample(large / small, note=_compared([small, medium, large], "s"))
 
         yield sample
 
@@ -403,7 +441,7 @@ class GrowthRows:
 
         def sample() -> Sample:
             small, medium, large = map(cost, SIZES.values())
-            note = f"{large:.1f} microseconds of CPU a token, {small:.1f} with 1,000"
+            note = _compared([small, medium, large], "microseconds of CPU a token")
             return Sample(large / small, note=note, points=(small, medium, large))
 
         yield sample
@@ -477,29 +515,35 @@ class GrowthRows:
         yield sample
 
 
+def _compared(values: Sequence[float], unit: str) -> str:
+    """Show the value of each size, the largest first."""
+    large, medium, small = (f"{each:.3g}" for each in reversed(values))
+    return f"{large} {unit}, {medium} with 100,000, {small} with 1,000"
+
+
 def _outlast_duty() -> None:
     """Wait until the server that ended last no longer has the duty to sweep: the next one sweeps at its start."""
     time.sleep(INTERVAL / 2)
 
 
 def _probes(side: _Side) -> _Cost:
-    return side.cost(side.probe, _PROBES)
+    return side.cost(side.probe, _COUNTS["probe"])
 
 
 def _issue(side: _Side) -> _Cost:
     """Log in, and end as many logins: the number of tokens stays."""
-    found = side.cost(side.issue, _COUNT)
-    side.cost(side.revoke, _COUNT)
+    found = side.cost(side.issue, _COUNTS["issue"])
+    side.cost(side.revoke, _COUNTS["issue"])
     return found
 
 
 def _revoke(side: _Side) -> _Cost:
-    side.cost(side.issue, _COUNT)
-    return side.cost(side.revoke, _COUNT)
+    side.cost(side.issue, _COUNTS["revoke"])
+    return side.cost(side.revoke, _COUNTS["revoke"])
 
 
 def _lease(side: _Side) -> _Cost:
-    return side.cost(side.lease, _COUNT)
+    return side.cost(side.lease, _COUNTS["lease"])
 
 
 def _is_known(status: int, _: bytes) -> None:
