@@ -1,4 +1,4 @@
-"""The charts, readable on a light and on a dark page: ratios as bars, cost by size as lines, latencies under load."""
+"""The charts, readable on a light and on a dark page: ratios, cost by size, latencies under load."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from bench.figures import Row
 _GREY = "#7d8590"  # readable on both
 _FONT = "system-ui, sans-serif"
 _COLORS = ("#1f6feb", "#b0b8c1")
-_MANY_COLORS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#0a7ea4")
+_MANY_COLORS = ("#1f6feb", "#2da44e", "#bf8700")
 _USELESS = re.compile(r"<!--.*?-->|<script.*?</script>", re.DOTALL)
 
 
@@ -22,7 +22,7 @@ def draw(rows: Sequence[Row], sizes: Sequence[str], directory: Path) -> None:
     sizes: what the points of a row belong to.
     """
     known = [row for row in rows if row.samples]
-    charts: Mapping[str, pygal.graph.graph.Graph | None] = {
+    charts: Mapping[str, pygal.HorizontalBar | None] = {
         "bench.svg": _ratios([row for row in known if not row.figure.unit]),
         "bench-growth.svg": _growth([row for row in known if row.points], sizes),
         "bench-latency.svg": _latencies([row for row in known if row.p999_ms is not None and row.figure.unit == "ms"]),
@@ -51,36 +51,43 @@ def _ratios(rows: Sequence[Row]) -> "pygal.HorizontalBar | None":
     return chart
 
 
-def _growth(rows: Sequence[Row], sizes: Sequence[str]) -> "pygal.Line | None":
-    if not rows:
-        return None
-    chart = pygal.Line(
-        **_options(_MANY_COLORS, [_GREY] * len(_MANY_COLORS)),
-        height=460,
-        value_formatter="{:,.0f}".format,
-        include_x_axis=True,
+def _growth(rows: Sequence[Row], sizes: Sequence[str]) -> "pygal.HorizontalBar | None":
+    return _grouped(
+        "Microseconds of CPU, by the number of tokens",
+        [(row.figure.title.replace("10,000,000 tokens: ", ""), row.points) for row in rows],
+        sizes,
+        "{:,.0f}",
     )
-    chart.title = "Microseconds of CPU that one costs, by the number of tokens"
-    chart.x_labels = sizes
-    for row in rows:
-        chart.add(row.figure.title.replace("10,000,000 tokens: ", ""), row.points)
-    return chart
 
 
 def _latencies(rows: Sequence[Row]) -> "pygal.HorizontalBar | None":
-    if not rows:
-        return None
-    backwards = list(reversed(rows))
-    chart = pygal.HorizontalBar(
-        **_options(_MANY_COLORS, ["white"] * 3), height=110 + 90 * len(rows), value_formatter="{:.1f}".format
+    return _grouped(
+        "Milliseconds from the planned time to the response, at half of saturation",
+        [
+            (
+                row.figure.title.replace("mixed load: ", "").replace(", p50", ""),
+                (row.measured, row.p99_ms, row.p999_ms),
+            )
+            for row in rows
+        ],
+        ("p50", "p99", "p99.9"),
+        "{:.1f}",
     )
-    chart.title = "Milliseconds from the planned time to the response, at half of saturation"
-    chart.x_labels = [row.figure.title.replace("mixed load: ", "").replace(", p50", "") for row in backwards]
-    for name, values in {
-        "p50": [row.measured for row in backwards],
-        "p99": [row.p99_ms for row in backwards],
-        "p99.9": [row.p999_ms for row in backwards],
-    }.items():
+
+
+def _grouped(
+    title: str, bars: Sequence[tuple[str, Sequence[float | None]]], names: Sequence[str], shown: str
+) -> "pygal.HorizontalBar | None":
+    """Draw a group of bars for each label; `names` are those of its bars."""
+    if not bars:
+        return None
+    backwards = list(reversed(bars))
+    chart = pygal.HorizontalBar(
+        **_options(_MANY_COLORS, ["white"] * len(names)), height=110 + 90 * len(bars), value_formatter=shown.format
+    )
+    chart.title = title
+    chart.x_labels = [label for label, _ in backwards]
+    for name, values in zip(names, zip(*(values for _, values in backwards), strict=True), strict=True):
         chart.add(name, values)
     return chart
 

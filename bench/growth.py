@@ -464,7 +464,7 @@ class GrowthRows:
         def sample() -> Sample:
             random = Random(0)
             with world.tokenauth(config) as server:
-                mix = Mix(server, random, LARGE)
+                mix = Mix(server, random, LARGE, _is_known)
                 saturated = traffic.run(server.port, mix.makers, traffic.at_once(10_000, WEIGHTS, random))
                 calm = traffic.run(
                     server.port,
@@ -474,7 +474,7 @@ class GrowthRows:
             self._databases.expire(config, BACKLOG)
             _outlast_duty()
             with world.tokenauth(config) as server:
-                mix = Mix(server, random, LARGE)
+                mix = Mix(server, random, LARGE, _is_known)
                 before, began = self._databases.count_expired(config), time.monotonic()
                 plan = traffic.at_random(saturated.rate / 2, 4 * self._seconds, WEIGHTS, random)
                 busy = traffic.run(server.port, mix.makers, plan)

@@ -52,13 +52,19 @@ lease_ttl = "1h"
 """
 
 
+def _is_valid(status: int, body: bytes) -> None:
+    if status != 200 or b"true" not in body:
+        raise RuntimeError(f"a valid token was answered {status} {body.decode()}")
+
+
 class Mix:
     """Makes the requests of the mix. The oldest lease is released first, and the oldest login ended."""
 
-    def __init__(self, server: Running, random: Random, tokens: int = MILLION) -> None:
-        """`tokens`: how many the database has; all are live."""
+    def __init__(self, server: Running, random: Random, tokens: int = MILLION, check: Check = _is_valid) -> None:
+        """`tokens`: how many the database was made with. `check` takes the responses to probes."""
         self._random = random
         self._tokens = tokens
+        self._check = check
         self._held: deque[str] = deque()
         self._logged_in: deque[str] = deque()
         self._lease_steps = count()
@@ -77,10 +83,10 @@ class Mix:
             self._held.append(lease.json()["token"])
 
     def _hot(self) -> tuple[bytes, Check]:
-        return probe(self._random.randrange(USERS)), _is_valid
+        return probe(self._random.randrange(USERS)), self._check
 
     def _any(self) -> tuple[bytes, Check]:
-        return probe(self._random.randrange(self._tokens)), _is_valid
+        return probe(self._random.randrange(self._tokens)), self._check
 
     def _login(self) -> tuple[bytes, Check]:
         return login(self._random.randrange(USERS)), self._was_issued
@@ -120,11 +126,6 @@ def probe(number: int) -> bytes:
 
 def leasing(method: str, path: str) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nHost: bench\r\nX-Token: {value(0)}\r\nContent-Length: 0\r\n\r\n".encode()
-
-
-def _is_valid(status: int, body: bytes) -> None:
-    if status != 200 or b"true" not in body:
-        raise RuntimeError(f"a valid token was answered {status} {body.decode()}")
 
 
 def is_ok(status: int, _: bytes) -> None:
