@@ -274,14 +274,14 @@ class Use(NamedTuple):
     """A use of a token that is to be written to the store.
 
     used_at: when it was used.
-    end: the time to which `expires_at` moves, unless `max_expires_at` is earlier.
+    end: the time to which `expires_at` moves, unless `max_expires_at` is earlier; None: it does not move.
     stale: written if the last use that the store knows is not after this.
     needed: also written if the token can be extended and ends before this.
     """
 
     digest: bytes
     used_at: Instant
-    end: int
+    end: int | None
     stale: Instant
     needed: Instant
 

@@ -141,7 +141,13 @@ class Uses:
 
     async def _write(self, batch: dict[bytes, Instant]) -> None:
         uses = [
-            Use(digest, used_at, self._end(used_at), used_at - self._stale, self._needed(used_at))
+            Use(
+                digest,
+                used_at,
+                None if self._idle is None else self._end(used_at),
+                used_at - self._stale,
+                self._needed(used_at),
+            )
             for digest, used_at in sorted(batch.items())
         ]
         now = self._clock()

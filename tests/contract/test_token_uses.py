@@ -69,6 +69,18 @@ async def test_a_use_that_is_not_due_is_not_written(tokens: TokenStore) -> None:
     assert await noted(tokens, use(after=60, life=160, needed=150.5)) != [extended]
 
 
+async def test_a_use_without_an_end_is_noted_and_extends_nothing(tokens: TokenStore) -> None:
+    """Uses with an end are written in the same transaction."""
+    for number in (1, 2):
+        await tokens.issue(sliding(number), 0, START)
+    found = await noted(tokens, use(1, stale=0)._replace(end=None), use(2))
+    assert found == [
+        sliding(1)._replace(used_at=START + 50),
+        sliding(2)._replace(used_at=START + 50, expires_at=FIRST + 50),
+    ]
+    assert await noted(tokens, use(1, after=40, stale=-1000)._replace(end=None)) == found[:1]
+
+
 @pytest.mark.parametrize("named", [None, "nightly"])
 async def test_a_fixed_lifetime_gets_the_last_use_only(tokens: TokenStore, named: str | None) -> None:
     fixed = token(name=named)

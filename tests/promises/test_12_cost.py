@@ -104,6 +104,7 @@ CHANGES: Sequence[Change[Any]] = [
     RevokeAll("user18", None, 100, "login", now=START),
     RevokeAll("user15", None, 100, "named", now=START),
     NoteUses([Use(digest(number), START + 9, int(START) + 99, START, START + 9) for number in (13, 15)], now=START),
+    NoteUses([Use(digest(number), START + 8, None, START, START + 9) for number in (14, 16)], now=START),
     PurgeTokens(5, now=START),
     PurgeFailures(START - 1, 5),
     PurgeRevocations(START - 1, 5),

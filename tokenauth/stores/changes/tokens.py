@@ -139,9 +139,10 @@ _DELETE_LOGGED = delete(tokens).where(
 )
 
 
-def _note() -> Update:
+def _note(extends: bool) -> Update:
     """Write one use, unless the store knows a later one or the token has ended too long ago.
 
+    Unless it `extends` the token, `expires_at` is not set: SQLite would write its indexes again, though unchanged.
     Rows that others have locked are skipped, so that no transaction waits for this one while this one waits for it.
     """
     noted_at = func.coalesce(tokens.c.used_at, tokens.c.issued_at)
@@ -161,21 +162,18 @@ def _note() -> Update:
         .with_for_update(skip_locked=True)
         .cte("due", nesting=True)
     )
-    return (
-        update(tokens)
-        .where(tokens.c.digest.in_(select(due.c.digest)))
-        .values(
-            used_at=case((noted_at < used_at, used_at), else_=tokens.c.used_at),
-            expires_at=case(
-                (fixed | (tokens.c.expires_at >= end), tokens.c.expires_at),
-                (tokens.c.max_expires_at < end, tokens.c.max_expires_at),
-                else_=end,
-            ),
+    used = {"used_at": case((noted_at < used_at, used_at), else_=tokens.c.used_at)}
+    extended = {
+        "expires_at": case(
+            (fixed | (tokens.c.expires_at >= end), tokens.c.expires_at),
+            (tokens.c.max_expires_at < end, tokens.c.max_expires_at),
+            else_=end,
         )
-    )
+    }
+    return update(tokens).where(tokens.c.digest.in_(select(due.c.digest))).values(used | extended if extends else used)
 
 
-_NOTE = _note()
+_NOTE, _NOTE_AND_EXTEND = _note(extends=False), _note(extends=True)
 _TOKEN = select(*checked_columns).where(tokens.c.digest == bindparam("of", type_=LargeBinary()))
 _PURGE = delete_oldest(tokens.c.digest, tokens.c.expires_at, tokens.c.expires_at <= bindparam("before"))
 
@@ -279,12 +277,14 @@ class NoteUses(Change[Mapping[bytes, Token]]):
         """Write the uses that need it, then read the tokens."""
         late = int(max(change.now for change in changes)) - LATE_USE
         uses = [use for change in changes for use in change.uses]
-        db.execute_each(_NOTE, [{"of": use.digest, "late": late, **_values(use)} for use in uses])
+        for statement, extends in ((_NOTE, False), (_NOTE_AND_EXTEND, True)):
+            some = [use for use in uses if (use.end is not None) is extends]
+            db.execute_each(statement, [{"of": use.digest, "late": late, **_values(use)} for use in some])
         found = map(as_checked_token, db.rows_each(_TOKEN, [{"of": use.digest} for use in uses]))
         return [{token.digest: token for token in found}] * len(changes)
 
 
-def _values(use: Use) -> dict[str, Instant]:
+def _values(use: Use) -> dict[str, Instant | None]:
     return {"used_at": use.used_at, "end": use.end, "stale": use.stale, "needed": use.needed}
 
 
