@@ -241,7 +241,7 @@ def _database(config: Path) -> str:
     return config.parent.name.removeprefix("pg-").replace("-", "_")
 
 
-class _Live:
+class Live:
     """Which tokens of a database are live, in all rows."""
 
     def __init__(self, tokens: int) -> None:
@@ -268,7 +268,7 @@ class _Live:
 class _Side:
     """A server on one of the databases."""
 
-    def __init__(self, server: Running, live: _Live, databases: Databases) -> None:
+    def __init__(self, server: Running, live: Live, databases: Databases) -> None:
         self.server = server
         self._live = live
         self._random = live.random
@@ -334,7 +334,7 @@ class GrowthRows:
         self._databases = databases
         self._seconds = seconds
         self._made: dict[int, Path] = {}
-        self._live = {tokens: _Live(tokens) for tokens in SIZES.values()}
+        self._live = {tokens: Live(tokens) for tokens in SIZES.values()}
 
     def figures(self) -> Sequence[Figure]:
         """Return the figures in the order of the table."""

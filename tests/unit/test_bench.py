@@ -13,7 +13,7 @@ import pytest
 
 from bench import traffic, world
 from bench.figures import Figure, Row, Sample, Sampler, measure
-from bench.growth import SqliteDatabases
+from bench.growth import Live, SqliteDatabases
 from bench.report import document, table
 from bench.traffic import Make
 from tokenauth.stores.tables import tokens
@@ -104,6 +104,12 @@ def _answer_slowly(listener: socket.socket) -> None:
 
 def _require_ok(status: int, body: bytes) -> None:
     assert (status, body) == (200, b"ok")
+
+
+def test_each_live_token_is_revoked_once_and_the_first_never() -> None:
+    live = Live(10)
+    live.issued += ["a", "b"]
+    assert sorted(live.pop() for _ in range(11)) == [*map(world.value, range(1, 10)), "a", "b"]
 
 
 @pytest.mark.extended
