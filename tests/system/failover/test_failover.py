@@ -150,6 +150,7 @@ def test_a_killed_patroni_is_replaced_with_its_primary(cluster: Machines, tmp_pa
 
 
 def test_a_frozen_primary_that_wakes_decides_nothing(cluster: Machines, tmp_path: Path, report: list[Outage]) -> None:
+    """On a busy machine, Patroni 3.0.2 may let it decide after all: docs/scaling.md warns of that."""
     with trial(cluster, tmp_path, report) as run:
         run.begin()
         primary = cluster.primary
