@@ -292,6 +292,7 @@ class Connections:
             connection.terminate()  # closing it properly could block forever
 
     async def _commit(self, batch: Batch) -> None:
+        promotions = self._primaries.promotions
         try:
             async with self._writing.attempt() as began, self._engine.connect() as db:
                 await db.run_sync(self._make, batch)
@@ -299,7 +300,7 @@ class Connections:
             if isinstance(error, _BAD_CHANGE):
                 raise
             self._clock_written = 0  # the next commit writes in any case, and so reaches a standby
-            if _is_slow(error):
+            if _is_slow(error) or self._primaries.promotions > promotions:
                 self._writing.start_probe()
             else:
                 self._writing.failed(reason(error), began)

@@ -102,6 +102,8 @@ class Primaries:
     """
 
     def __init__(self) -> None:
+        self.promotions = 0
+        """How often a later timeline was seen: connections that were open then may have been closed for it."""
         self._newest: dict[int, int] = {}
         self._open: WeakSet[Primary] = WeakSet()
 
@@ -145,6 +147,7 @@ class Primaries:
         """Note the timeline of a server; close the connections to the one that it has replaced, if it has."""
         if found.timeline > self._newest.get(found.system, 0):
             self._newest[found.system] = found.timeline
+            self.promotions += 1
             for one in filter(self._is_former, [*self._open]):
                 one.terminate()
 
