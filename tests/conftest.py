@@ -4,16 +4,13 @@ import faulthandler
 import gc
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Generator, Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic
 
 import httpx
 import pytest
-from _pytest.assertion import rewrite
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from _pytest.runner import runtestprotocol
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
@@ -42,32 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not faults" in config.option.markexpr and "TMPDIR" not in os.environ and _has_room(_MEMORY):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
     config.pluginmanager.register(_HangWatch(float(config.getini("longest_test"))))
-    if getattr(config.option, "numprocesses", None) and not sys.dont_write_bytecode:  # the main process of xdist
-        _rewrite_asserts(config)
-
-
-def _rewrite_asserts(config: pytest.Config) -> None:
-    """Compile the new files of tests once, on all cores: else each process of xdist compiles all of them."""
-    here = Path(__file__).parent
-    files = [file for pattern in ("conftest.py", "test_*.py") for file in here.rglob(pattern)]
-    new = [
-        (file, pyc)
-        for file in files
-        if not (pyc := rewrite.get_cache_dir(file) / (file.stem + rewrite.PYC_TAIL)).exists()
-    ]
-
-    def compile_some(part: int) -> None:
-        for file, pyc in new[part::cores]:
-            stat, code = rewrite._rewrite_test(file, config)
-            if rewrite.try_makedirs(pyc.parent):
-                rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, stat, pyc)
-
-    cores = os.cpu_count() or 1
-    processes = [get_context("fork").Process(target=compile_some, args=(part,)) for part in range(cores if new else 0)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
 
 
 def _has_room(directory: Path) -> bool:
