@@ -77,10 +77,12 @@ _LONGEST_FIRST = ("system", "promises", "contract", "wire", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the folders of _EXTENDED. Begin with the longest files, so that the processes of xdist end together."""
+    """Mark the tests of some folders. Begin with the longest files, so that the processes of xdist end together."""
     for item in items:
         if item.nodeid.startswith(_EXTENDED):
             item.add_marker(pytest.mark.extended)
+        if item.nodeid.startswith(_FAULTS):
+            item.add_marker(pytest.mark.faults)
     groups = {group: place for place, group in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: groups.get(item.nodeid.split("/", 2)[1], len(groups)))
 

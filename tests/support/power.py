@@ -256,7 +256,8 @@ class States:
     def __iter__(self) -> Iterator[tuple[int, dict[str, bytes]]]:
         """Yield instants of the recording, and the content of each file that a power failure then leaves.
 
-        Half of the instants are just before or after an answer.
+        Half of the instants are just before or after an answer. In half of the states, what was written until some
+        instant has reached the disk in order; of the rest, any of it has.
         """
         while True:
             at = self._random.randrange(self._recording.length + 1)
@@ -268,10 +269,11 @@ class States:
         files = defaultdict(bytearray, {name: bytearray(content) for name, content in self._before.items()})
         share = self._random.choice([0.0, 0.2, 0.5, 0.8, 1.0])
         torn = self._random.choice([0.0, 0.5])
+        in_order = self._random.choice([0, self._random.randrange(at + 1)])
         for write in self._recording.writes:
             if write.begun >= at:
                 break
-            if write.synced and write.synced[0] < at:
+            if write.begun < in_order or (write.synced and write.synced[0] < at):
                 _apply(files[write.file], write.offset, write.data)
             elif self._random.random() < share:
                 for offset, data in self._pieces(write, torn):

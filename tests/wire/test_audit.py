@@ -408,9 +408,8 @@ def test_an_admin_clears_a_user_and_a_network(audited: Audited) -> None:
     assert (record["action"], record["by"], record["user"]) == ("clear_throttle", "admin", "bob")
     assert (record.get("target"), record["details"]) == (None, {"addresses": "192.0.2.0/24"})
     before = len(read_audit(audited.file))
-    network = (
-        f"198.51.{next(OTHER_NETWORKS)}"  # nobody has logged in there: a failure of a known user is not its network's
-    )
+    # nobody has logged in there: a failure of a known user does not count for its network
+    network = f"198.51.{next(OTHER_NETWORKS)}"
     headers = {"X-Forwarded-For": f"{network}.1"}
     audited.client.post("/api/token", json={"username": "bob", "password": "wrong"}, headers=headers)
     freed = audited.client.delete("/api/throttle", params={"network": f"{network}.0/24"}, headers=admin)

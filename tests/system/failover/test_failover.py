@@ -17,8 +17,6 @@ from tests.system.failover.machines import Machines, machines
 from tests.system.failover.nodes import Nodes, nodes
 from tests.system.postgres.crowd import check_log
 
-pytestmark = pytest.mark.faults
-
 _names = (f"failover_{number}" for number in count())
 
 

@@ -6,13 +6,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.support.connections import Closed, Connection, NoAnswer, Refused
 from tests.support.journal import background, serving, until
 from tests.support.servers import worker, write_config
-
-pytestmark = pytest.mark.faults
 
 BUSY, NEW = 200, 400
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

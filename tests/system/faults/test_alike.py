@@ -4,13 +4,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-import pytest
-
 from tests.promises.test_7_alike import attempt, shipped, with_default_cost
 from tests.support.connections import Connection
 from tests.support.servers import worker
-
-pytestmark = pytest.mark.faults
 
 ATTEMPTS = 24  # in ROUNDS, fewer than a name may fail anywhere
 ROUNDS = 4

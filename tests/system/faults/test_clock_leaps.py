@@ -5,8 +5,6 @@ from pathlib import Path
 from random import Random
 from threading import Event
 
-import pytest
-
 from tests.support.leaps import Leaps, Observer, leaping
 from tests.support.length import scaled
 from tests.support.postgres import Cluster
@@ -14,8 +12,6 @@ from tests.support.races import POOLS, Race
 from tests.support.servers import write_config
 from tests.system.postgres.clocks import ShiftedDatabase
 from tests.system.postgres.nodes import fresh, write_config_for
-
-pytestmark = pytest.mark.faults
 
 LEASE_TTL, TOKEN_TTL = 2.0, 4
 LEAPS = scaled(200, 30)

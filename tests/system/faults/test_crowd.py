@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.crowded import survive_a_crowd
 from tests.support.length import scaled
-
-pytestmark = pytest.mark.faults
 
 
 def test_10_000_silent_connections_hold_up_nobody(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from tests.support.servers import Server
 from tests.wire.test_framing import disagreements
 from tests.wire.test_fuzzing import fuzz
 
-pytestmark = pytest.mark.faults
-
 
 async def test_two_parsers_agree_on_random_streams() -> None:
     deadline = time.monotonic() + scaled(600, 10)

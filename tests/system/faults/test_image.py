@@ -11,8 +11,6 @@ import pytest
 
 from tests.support.image import Container, Image, require, running
 
-pytestmark = pytest.mark.faults
-
 _LOG_IN = """
 import json, sys, urllib.request
 body = json.dumps({"username": "admin", "password": sys.stdin.read()}).encode()

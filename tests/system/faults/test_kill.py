@@ -4,14 +4,10 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.support.journal import Journal, check_servers, kill_in_a_loop, run_clients, serving, until, workers
 from tests.support.length import scaled
 from tests.support.main_process import workers_of
 from tests.support.servers import write_config
-
-pytestmark = pytest.mark.faults
 
 ROUNDS = scaled(500, 3)
 

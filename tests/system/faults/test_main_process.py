@@ -15,8 +15,6 @@ from tests.support.journal import serving, until
 from tests.support.main_process import BREAKAGES, breakable, kill_a_worker, session_of, traceback_lines, workers_of
 from tests.support.servers import write_config
 
-pytestmark = pytest.mark.faults
-
 
 @pytest.mark.parametrize("kind", BREAKAGES)
 def test_workers_are_replaced_when_they_can_be_again(tmp_path: Path, kind: str) -> None:

@@ -7,8 +7,6 @@ from tests.contract.test_pool_model import hold_to_the_model
 
 __all__ = ["templates"]
 
-pytestmark = pytest.mark.faults
-
 
 SCRIPTS = {"sqlite": 100, "postgres": 30}
 """A step on PostgreSQL takes four times as long."""

@@ -20,8 +20,6 @@ from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, Crowd, check_log, is_outage, postgres_config, two_workers
 from tokenauth.stores.postgres.connections import TIMEOUT
 
-pytestmark = pytest.mark.faults
-
 LEASE_TTL = 1.0
 RESUMED = 2.0
 """Maximum seconds until everything is answered after PostgreSQL is back. This bound is documented."""

@@ -28,8 +28,6 @@ from tests.system.postgres.feeds import (  # noqa: F401 - some are fixtures
 from tests.system.postgres.watched import Pair, Watch, check_promise, pair, sleep_through
 from tokenauth.stores.postgres.listener import BOUND
 
-pytestmark = pytest.mark.faults
-
 
 @pytest.fixture(scope="module")
 def two(postgres: Cluster, directory: Path) -> Iterator[Pair]:

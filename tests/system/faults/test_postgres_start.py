@@ -20,8 +20,6 @@ from tests.system.postgres.test_schema import start, start_together, token
 from tests.system.postgres.upgrades import COLUMNS, NEXT_GENERATION, NEXT_STEP, NEXT_STEPS, newer_release
 from tokenauth.stores import schema
 
-pytestmark = pytest.mark.faults
-
 POOLS = "[tokens]\nper_user = 20\n\n[pools.p]\ncapacity = 20\nprefill = true"
 
 

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.length import scaled
 from tests.support.power import record
-
-pytestmark = pytest.mark.faults
 
 
 def test_1000_power_failures_lose_nothing(tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from tests.support.ports import free_port
 from tests.support.servers import ROOT, Server, log_in, probe, spawn
 from tests.support.skipping import skip_without
 
-pytestmark = pytest.mark.faults
-
 GUIDE = (ROOT / "docs/production.md").read_text()
 PASSWORD = "correct horse battery"
 

@@ -12,8 +12,6 @@ from tests.support.queueing import ORDER, POOLS, run_queue, sqlite_order
 from tests.support.servers import write_config
 from tests.system.postgres.nodes import write_config_for
 
-pytestmark = pytest.mark.faults
-
 RUNS = {"clients": 8, "jobs": 40, "faults": 8}
 
 

@@ -14,8 +14,6 @@ from tests.support.length import scaled
 from tests.support.races import POOLS, Race
 from tests.support.servers import worker, write_config
 
-pytestmark = pytest.mark.faults
-
 LEASE_TTL = 1.0
 KILLS = scaled(250, 6)
 

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.length import scaled
 from tests.support.restarts import survive_reloads, survive_restarts
-
-pytestmark = pytest.mark.faults
 
 
 def test_200_reloads_under_load_lose_no_request(tmp_path: Path) -> None:

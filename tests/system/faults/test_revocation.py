@@ -13,8 +13,6 @@ from tests.support.connections import Connection
 from tests.support.journal import background, until, workers
 from tests.support.servers import HandClock, worker, write_config
 
-pytestmark = pytest.mark.faults
-
 TIMES = 2_000
 
 

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
-import pytest
-
 from tests.support.connections import Connection
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
@@ -18,8 +16,6 @@ from tests.support.servers import worker, write_config
 from tests.support.skipping import skip_without
 from tests.support.tcp_proxy import Proxy
 from tests.support.wrapped import Wrapped, Wrapper, ended, wrapping
-
-pytestmark = pytest.mark.faults
 
 POOL = "[pools.permit]\ncapacity = 1\nprefill = true\nlease_ttl = 2"
 FAULTS = ("none", "cut", "freeze", "stop", "kill", "term")

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.journal import until
 from tests.support.servers import log_in, worker, write_config
 from tests.support.streaming import EventStream
-
-pytestmark = pytest.mark.faults
 
 POOLS = 300
 SILENT = 50

@@ -12,8 +12,6 @@ from tests.support.length import LENGTH, scaled
 from tests.support.servers import write_config
 from tests.support.soak import SETTINGS, Soak, check_flat
 
-pytestmark = pytest.mark.faults
-
 RATE = 60
 
 

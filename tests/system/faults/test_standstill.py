@@ -3,11 +3,7 @@
 import os
 import subprocess
 
-import pytest
-
 from tests.support.standstill import LEAST
-
-pytestmark = pytest.mark.faults
 
 _runs: list[str] = []
 

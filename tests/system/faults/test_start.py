@@ -7,8 +7,6 @@ import pytest
 from tests.support.journal import start_together
 from tests.support.servers import write_config
 
-pytestmark = pytest.mark.faults
-
 
 @pytest.mark.parametrize("number", range(10))
 def test_twenty_processes_start_on_an_empty_database(tmp_path: Path, number: int) -> None:

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
-import pytest
-
 from tests.support.connections import Connection, takes_connections
 from tests.support.journal import serving, until
 from tests.support.length import scaled
@@ -19,8 +17,6 @@ from tests.support.suspended import is_served, others_are_served, suspended, wit
 from tests.system.postgres.crowd import POOL, Crowd, postgres_config, two_workers
 from tests.system.proxies.running import program
 from tokenauth.stores.postgres.connections import TIMEOUT
-
-pytestmark = pytest.mark.faults
 
 SECONDS = scaled(60, 5)
 

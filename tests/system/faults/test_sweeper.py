@@ -11,8 +11,6 @@ from tests.support.connections import Connection
 from tests.support.journal import background, fill
 from tests.support.servers import START, HandClock, worker, write_config
 
-pytestmark = pytest.mark.faults
-
 EXPIRED = 200_000
 
 

@@ -14,8 +14,6 @@ from tests.support.servers import Server, spawn, worker, write_config
 from tests.support.skipping import skip_without
 from tests.support.syscalls import ERRORS, survive
 
-pytestmark = pytest.mark.faults
-
 WAL = "tokenauth.db-wal"
 
 
