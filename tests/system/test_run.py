@@ -42,6 +42,7 @@ def settings() -> str:
     return f"""
         [pools]
         permit = {{capacity = 1, prefill = true, lease_ttl = {TTL}}}
+        short = {{capacity = 1, prefill = true, lease_ttl = 1}}
         long = {{capacity = 1, prefill = true, lease_ttl = 600}}
         pair = {{capacity = 2, prefill = true, lease_ttl = 600}}
         phones.members = [{{name = "pixel-8", labels = ["arm"]}}, {{name = "iphone-15", labels = ["arm", "ios"]}}]
@@ -268,6 +269,13 @@ def test_a_command_waits_for_its_turn(wrap: Wrapper, admin: PoolUser) -> None:
     admin.release("long", before.token)
     run.command()
     assert admin.members("long")[0]["fence"] == before.fence + 1
+
+
+@pytest.mark.parametrize("pool", ["short", "permit"])
+def test_a_short_lease_is_whole_after_a_wait(wrap: Wrapper, admin: PoolUser, pool: str) -> None:
+    """An answer has whole seconds: what is left of a lease of a second would be none."""
+    admin.assign(pool)  # lapses by itself
+    assert wrap("--pool", pool, "--wait", "10m", "sleep", "0.2").wait() == 0
 
 
 def test_several_tokens_are_lists_of_words(wrap: Wrapper, admin: PoolUser) -> None:

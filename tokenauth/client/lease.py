@@ -162,9 +162,10 @@ class ClientLease(Generic[Event]):
         self._give_up_at = self._sent_at + terms.wait
         self._request = terms.request or (secrets.token_hex(16) if terms.wait > 0 else None)
         self._wait = 0.0
-        self._in_line = self._may_be_in_line = self._was_granted = False
+        self._in_line = self._may_be_in_line = False
         self._repeats_left = _REPEATS
         self._held: list[_Held] = []
+        self._unconfirmed: list[_Held] = []
         self._is_lost = self._released = False
         self.lost: Event = new_event(self)
 
@@ -187,6 +188,9 @@ class ClientLease(Generic[Event]):
             raise errors.LeaseLost(self.lost_reason)
 
     def _acquire_request(self) -> RequestArguments:
+        """Return the next request on the way to the lease."""
+        if self._unconfirmed:
+            return self._keep_alive_request(self._unconfirmed[0])
         self._sent_at = self._monotonic()
         body = self._terms.body()
         if self._request is not None:
@@ -202,7 +206,7 @@ class ClientLease(Generic[Event]):
         return {"method": "POST", "url": f"{self._pool_url}/leases", "json": body, "timeout": timeout}
 
     def _acquired(self, response: httpx.Response) -> float | None:
-        """Read the response. Return None if a token was leased, else the seconds to wait before asking again.
+        """Read the response. Return None if the lease can be used, else the seconds to wait before the next request.
 
         Raises Refusal.
         """
@@ -214,15 +218,16 @@ class ClientLease(Generic[Event]):
             self._may_be_in_line = False
             raise
         if not isinstance(answer, Place):
-            waited = self._monotonic() - self._sent_at
-            if self._wait > 0 and not self._was_granted and waited > answer[0].ttl / 10:
-                # The server has waited before it granted the lease. Asked again, it says how long the lease still
-                # lasts, and that counts from when this is sent.
-                self._was_granted, self.ttl = True, answer[0].ttl
-                return 0
-            self._may_be_in_line = False
-            self._start(answer)
-            return None
+            if self._unconfirmed:
+                self._unconfirmed.pop(0).extend(answer[0], self._sent_at)
+            else:
+                self._start(answer)
+                if self._wait > 0 and self._monotonic() - self._sent_at > self.ttl / 10:
+                    # The server has waited before it granted the lease, and the client cannot know how long. Kept
+                    # alive, the lease lasts from when that is sent.
+                    self._unconfirmed = [*self._held]
+            self._may_be_in_line = bool(self._unconfirmed)
+            return 0 if self._unconfirmed else None
         self._in_line = True
         if self._terms.on_wait is not None:
             self._terms.on_wait(answer.position, answer.waiting)
@@ -255,7 +260,7 @@ class ClientLease(Generic[Event]):
 
     def _recover_request(self) -> RequestArguments:
         """Return the request whose answer is the lease that was granted, if the answer was lost."""
-        self._sent_at = self._monotonic()
+        self._sent_at, self._wait, self._unconfirmed = self._monotonic(), 0, []
         body = {**self._terms.body(), "request": self._request}
         return {"method": "POST", "url": f"{self._pool_url}/leases", "json": body}
 
@@ -263,8 +268,7 @@ class ClientLease(Generic[Event]):
         self._held = [_Held(grant, self._sent_at) for grant in grants]
         first = grants[0]
         self.token, self.holder, self.fence = first.token, first.holder, first.fence
-        if not self._was_granted:
-            self.ttl = first.ttl
+        self.ttl = first.ttl
         self.name, self.labels = first.name, first.labels
 
     def _check_lost(self) -> bool:
