@@ -7,8 +7,8 @@ store whose other processes learn of that later.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from itertools import islice
 from time import monotonic
@@ -301,11 +301,11 @@ class RevocationQueue:
     async def _revoke_all(self) -> None:
         began = monotonic()
         try:
-            count = await self._store.tokens.revoke_all(None, self._clock())
+            with logged_revocation(log.warning, user="(all)", kind="all", reason="revocation_queue_full") as note:
+                await self._store.tokens.revoke_all(None, self._clock(), progress=note)
         except Exception as error:
             _log_unexpected(error)
             return
-        log.warning("tokens_revoked", user="(all)", count=count, reason="revocation_queue_full")
         self._outgoing().all_revoked_at = began
         self._all_revoked(began)
 
@@ -335,6 +335,27 @@ class RevocationQueue:
         if removed:
             log.info("token_revoked", id=public_id(digest), late=True)
         return True
+
+
+@contextmanager
+def logged_revocation(log_end: Callable[..., object], **fields: str) -> Iterator[Callable[[int], object]]:
+    """Log how many tokens the block revokes, also if it fails or is cancelled after some. It notes the number so far.
+
+    log_end: logs it if it does not fail.
+    """
+    count = 0
+
+    def note(number: int) -> None:
+        nonlocal count
+        count = number
+
+    try:
+        yield note
+    except BaseException:
+        if count:
+            log.warning("revocation_interrupted", count=count, **fields)
+        raise
+    log_end("tokens_revoked", count=count, **fields)
 
 
 def _log_lost(held: Iterable[bytes], dropped: int) -> None:

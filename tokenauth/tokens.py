@@ -1,7 +1,7 @@
 """Tokens: issue, validate, list and revoke them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 
@@ -13,7 +13,7 @@ from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownTo
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenCursor, TokenKind, User
-from tokenauth.revocation_queue import RevocationQueue
+from tokenauth.revocation_queue import RevocationQueue, logged_revocation
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
 from tokenauth.token_uses import Uses
@@ -259,30 +259,12 @@ class Tokens:
         username: str | None,
         keep: Token | None = None,
         kind: TokenKind | None = None,
-        progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number.
-
-        `progress` is called after each step with the number so far.
-        """
-        count = 0
-
-        def note(number: int) -> None:
-            nonlocal count
-            count = number
-            if progress is not None:
-                progress(number)
-
+        """Revoke all tokens of a user, or those of one kind, except `keep`. Return their number."""
         whose = "(all)" if username is None else username if username in self._users else "(unknown)"
         kept = keep.digest if keep else None
-        try:
-            await self._store.tokens.revoke_all(username, self._clock(), kept, kind, note)
-        except BaseException:
-            if count:
-                log.warning("revocation_interrupted", user=whose, kind=kind or "all", count=count)
-            raise
-        log.info("tokens_revoked", user=whose, kind=kind or "all", count=count)
-        return count
+        with logged_revocation(log.info, user=whose, kind=kind or "all") as note:
+            return await self._store.tokens.revoke_all(username, self._clock(), kept, kind, note)
 
     async def list_live(self, username: str | None, kind: TokenKind | None = None) -> Sequence[Token]:
         """List the valid tokens of a user, or those of one kind, newest first, at most LIST_LIMIT."""

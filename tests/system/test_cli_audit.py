@@ -82,7 +82,7 @@ def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
         ("reserve_member", None, "devices/pixel"),
         ("unreserve_member", None, "devices/pixel"),
         ("rotate_token", "ann", token),
-        ("revoke_tokens", "ann", None),
+        ("revoke_tokens", "ann", "all"),
         ("delete_pool_token", None, "licences"),
     ]
     assert {act["result"] for act in found} == {"ok"}
@@ -113,10 +113,14 @@ def test_a_revocation_that_failed_halfway_is_recorded(home: Path, who: tuple[str
     with closing(sqlite3.connect(database)) as db, db:
         last = "NOT EXISTS (SELECT 1 FROM tokens LIMIT 1 OFFSET 1)"
         db.execute(f"CREATE TRIGGER fault BEFORE DELETE ON tokens WHEN {last} BEGIN SELECT RAISE(ABORT, 'no'); END")
-    assert run(home, "tokens", "revoke", "--yes", *who).returncode != 0
-    user = who[-1].replace("--all", "(all)")
-    interrupted = {"action": "revoke_tokens", "result": "interrupted", "user": user, "details": {"count": 10_000}}
-    assert acts(home)[1:] == [interrupted]
+    done = run(home, "tokens", "revoke", "--yes", *who)
+    assert done.returncode != 0
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    user, revoked = who[-1].replace("--all", "(all)"), {"count": 10_000}
+    logged = {"event": "revocation_interrupted", "user": user, "kind": "all", **revoked, "by": OPERATOR}
+    assert [line for line in lines if "revo" in line["event"]] == [{**lines[-1], **logged}]
+    interrupted = {"action": "revoke_tokens", "result": "interrupted", "user": user, "target": "all"}
+    assert acts(home)[1:] == [{**interrupted, "details": revoked}]
     with closing(sqlite3.connect(database)) as db, db:
         db.execute("DROP TRIGGER fault")
     assert output(run(home, "tokens", "revoke", "--yes", *who)) == "Revoked 1 token.\n"

@@ -260,7 +260,8 @@ def test_one_command_ends_everything_of_a_user(home: Path) -> None:
             {**released, "pool": "licences", "holder": "ci-1"},
             {**released, "pool": "licences", "holder": "ci-2"},
         ]
-        assert total == {"event": "tokens_revoked", "user": "ann", "count": 1, "leases": 3, "requests": 1}
+        counted = {"kind": "all", "count": 1, "leases": 3, "requests": 1}
+        assert total == {"event": "tokens_revoked", "user": "ann", **counted}
         ann = PoolUser(connection, "ann")
         lost = ann.ask("PUT", f"/licences/leases/{leases[0]['token']}")
         assert (lost.status, "Reason: left." in lost.json()["error_description"]) == (409, True)

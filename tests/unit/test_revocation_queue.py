@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import structlog
 
 from tests.support.faulty import Faulty
 from tests.support.servers import write_config
-from tokenauth import revocation_queue
+from tokenauth import revocation_queue, stores
 from tokenauth.errors import Overloaded, StoreUnavailable
 from tokenauth.revocation_queue import MAX_HELD, HeldRevocations, RevocationQueue, RevocationUpdate
 from tokenauth.server.channel import HEARTBEAT, Serve, decode_order, encode_order
@@ -158,6 +159,31 @@ async def test_a_full_queue_accepts_no_token(scene: Scene) -> None:
     for token in tokens:
         assert await scene.statuses(token) == REFUSED
     assert (await scene.client.get("/readyz")).status_code == 200
+
+
+async def test_what_a_failed_attempt_has_revoked_is_counted(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step revokes two tokens, and the second one fails until the fault is over."""
+    monkeypatch.setattr(stores.store, "_STEP", 2)
+    tokens = [await scene.log_in() for _ in range(5)]
+    scene.store.writing = StoreUnavailable()
+    for token in tokens[:4]:
+        await scene.log_out(token)
+    with closing(sqlite3.connect(tmp_path / "tokenauth.db")) as db:
+        last = "NOT EXISTS (SELECT 1 FROM tokens LIMIT 1 OFFSET 2)"
+        db.execute(f"CREATE TRIGGER fault BEFORE DELETE ON tokens WHEN {last} BEGIN SELECT RAISE(ABORT, 'no'); END")
+        with structlog.testing.capture_logs() as logs:
+            scene.store.writing = None
+            await scene.queue._write()
+            db.execute("DROP TRIGGER fault")
+            await scene.written()
+    shown = [{**entry} for entry in logs if "revo" in entry["event"]]
+    both = {"user": "(all)", "kind": "all", "reason": "revocation_queue_full", "log_level": "warning"}
+    assert shown == [
+        {"event": "revocation_interrupted", "count": 2, **both},
+        {"event": "tokens_revoked", "count": 3, **both},
+    ]
     assert await scene.statuses(await scene.log_in()) == ALIVE
 
 

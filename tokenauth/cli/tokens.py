@@ -211,7 +211,7 @@ def tokens_revoke(
             counted = {"leases": ended.leases, "requests": ended.requests} if leases else {}
             who = "(all)" if name is None else name
             event = "tokens_revoked" if ended.all else "revocation_interrupted"
-            record_change(event, config_file, user=who, count=ended.tokens, **counted)
+            record_change(event, config_file, user=who, kind="all", count=ended.tokens, **counted)
     if not ended.known and nothing and not ended.going_on:
         what = "tokens, leases or places in line" if leases else "tokens"
         problem = f"No user {name!r} in {config_path(config_file)}, and no {what} of a user with that name."
@@ -248,7 +248,7 @@ async def _revoke_all(
             tell(number)
 
     ended.known = name is None or name in service.users
-    await service.tokens.revoke_all(name, progress=note)
+    await service.store.tokens.revoke_all(name, service.clock(), progress=note)  # the caller logs and audits it
     if name is not None and leases:
         async for pool, token in service.pools.end_leases_and_places(name, reason):
             if token is None:
