@@ -265,7 +265,7 @@ def test_tables_of_another_program_are_refused(
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_unfinished_copy_stays_a_database_of_its_own(tmp_path: Path, source: str, database: str, kind: str) -> None:
-    """Another program may have added tables since the copy was interrupted."""
+    """Another program may have added tables since the copy was interrupted, or an operator a view."""
     target = f"sqlite+aiosqlite:///{tmp_path}/b.db" if kind == "sqlite" else database
 
     def execute(sql: str) -> None:
@@ -283,8 +283,14 @@ def test_an_unfinished_copy_stays_a_database_of_its_own(tmp_path: Path, source: 
     found = mistake(run(tmp_path, "copy", "--to", target))
     assert found.endswith(" has tables of another program, customers; use a database of its own"), found
     execute("DROP TABLE customers")
+    execute("CREATE VIEW live AS SELECT username FROM tokens")
     done = run(tmp_path, "copy", "--to", target)
     assert done.returncode == 0, done.stderr
+    assert " is not empty; " in mistake(run(tmp_path, "copy", "--to", target))
+    execute("CREATE TABLE of_a_newer_release (number INTEGER)")
+    execute("UPDATE alembic_version SET version_num = '9_1'")
+    found = mistake(run(tmp_path, "copy", "--to", target))
+    assert found.endswith(" has tables of another release; copy to a new database"), found
 
 
 def test_a_role_without_rights_is_told_what_it_needs(

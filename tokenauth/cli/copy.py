@@ -130,11 +130,11 @@ async def _prepare_target(settings: "DatabaseSettings") -> None:
             return
         if report.problem is not None:
             raise CopyError(f"--to: {report.name}: {report.problem}")
+        if report.schema not in {schema.HEAD, schema.COPYING, None}:
+            raise CopyError(f"--to: {report.name} has tables of another release; copy to a new database")
         if report.others:
             tables = ", ".join(report.others[:_SHOWN]) + (", ..." if len(report.others) > _SHOWN else "")
             raise CopyError(f"--to: {report.name} has tables of another program, {tables}; {schema.OWN_DATABASE}")
-        if report.schema is not None:
-            raise CopyError(f"--to: {report.name} has tables of another release; copy to a new database")
         store = open_store(settings, 1)
         try:
             await store.start()

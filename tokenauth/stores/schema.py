@@ -82,10 +82,15 @@ def version(db: Connection) -> str | None:
     return db.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def other_tables(tables: Iterable[str], version: str | None) -> list[str]:
-    """Return those of the tables in a database with a revision, or with none, that are of another program."""
-    own = set() if version is None else {"alembic_version", COPY_STATE, *metadata.tables}
-    return sorted({*tables} - own)
+def other_tables(found: Iterable[tuple[str, bool]], version: str | None) -> list[str]:
+    """Return those of the tables in a database with a revision, or with none, that are of another program.
+
+    Each comes with whether it is a view: beside tokenauth's tables, views are of an operator who looks at these.
+    """
+    if version is None:
+        return sorted(name for name, _ in found)
+    own = {"alembic_version", COPY_STATE, *metadata.tables}
+    return sorted(name for name, is_view in found if not is_view and name not in own)
 
 
 def taken_names(others: Iterable[str]) -> str:

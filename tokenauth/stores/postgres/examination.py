@@ -12,14 +12,14 @@ from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, reas
 from tokenauth.stores.tables import marks
 
 _TABLES = text("""
-    SELECT relname FROM pg_class
+    SELECT relname, relkind IN ('v', 'm') FROM pg_class
     WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     AND relkind IN ('r', 'p', 'v', 'm', 'f')
     AND NOT EXISTS (
         SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e'
     )
 """)
-"""Without tables of extensions."""
+"""Tables and views, except those of extensions, each with whether it is a view."""
 
 _READ_ONLY = text("SELECT current_setting('transaction_read_only') = 'on', extract(epoch FROM clock_timestamp())")
 
@@ -47,7 +47,7 @@ def _read(db: Connection, report: DatabaseReport) -> None:
     if read_only:
         report.problem = "it cannot be written: it is a standby, or read-only"
     report.schema = schema.version(db)
-    report.others = schema.other_tables(db.execute(_TABLES).scalars(), report.schema)
+    report.others = schema.other_tables(((name, is_view) for name, is_view in db.execute(_TABLES)), report.schema)
     if report.schema is not None:
         row = db.execute(select(marks.c.at).where(marks.c.name == CLOCK)).first()
         report.written_at = None if row is None else float(row[0])

@@ -13,7 +13,11 @@ from tokenauth.stores.sqlite import files
 _TIMEOUT = 1.0
 """Seconds to wait for a lock."""
 
-_TABLES = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+_TABLES = """
+    SELECT name, type = 'view' FROM sqlite_master
+    WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite~_%' ESCAPE '~'
+"""
+"""Tables and views, each with whether it is a view."""
 
 _NETWORK = re.compile(r"nfs|cifs|smb|afs|9p|ceph|gluster|lustre|gfs|ocfs|sshfs|s3fs|davfs|virtiofs|vboxsf|prl_fs")
 
@@ -26,10 +30,10 @@ def examine(path: str) -> DatabaseReport:
     report = DatabaseReport(path, network=place)
     try:
         with closing(sqlite3.connect(files.existing(path), uri=True, timeout=_TIMEOUT, isolation_level=None)) as db:
-            tables = {name for (name,) in db.execute(_TABLES)}
+            tables = dict(db.execute(_TABLES))
             if "alembic_version" in tables:
                 [(report.schema,)] = db.execute("SELECT version_num FROM alembic_version").fetchall() or [(None,)]
-            report.others = schema.other_tables(tables, report.schema)
+            report.others = schema.other_tables(tables.items(), report.schema)
             if "marks" in tables:
                 rows = db.execute("SELECT at FROM marks WHERE name = ?", (CLOCK,)).fetchall()
                 report.written_at = rows[0][0] if rows else None
