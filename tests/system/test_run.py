@@ -316,6 +316,7 @@ def test_a_frozen_network_is_like_a_cut_one(wrap: Wrapper, admin: PoolUser, netw
 @pytest.mark.parametrize("kill_after", [0, 0.1])
 async def test_a_command_is_dead_before_its_lease_is_over(kill_after: float) -> None:
     command = Command(STUBBORN, Terminal(), kill=True)
+    await command.connect()
     end = boottime() + 1
     assert await command.run({}, 60, end, kill_after) == (128 + signal.SIGKILL, True, "")
     assert boottime() < end
@@ -323,22 +324,42 @@ async def test_a_command_is_dead_before_its_lease_is_over(kill_after: float) -> 
 
 async def test_a_short_lease_can_be_used_almost_to_its_end() -> None:
     command = Command(STUBBORN, Terminal(), kill=True)
+    await command.connect()
     end = boottime() + 1
     assert await command.run({}, 0.1, end, 0) == (128 + signal.SIGKILL, True, "")
     assert boottime() > end - 0.02
 
 
 async def test_a_lost_lease_leaves_the_whole_time_to_stop(tmp_path: Path) -> None:
+    """Also if the guard hears of it late."""
     started = tmp_path / "started"
-    command = Command(("sh", "-c", f"trap '' TERM; touch {started}; exec sleep 1000"), Terminal(), kill=True)
+    script = f"trap '' TERM; echo $PPID > {started}.new; mv {started}.new {started}; exec sleep 1000"
+    command = Command(("sh", "-c", script), Terminal(), kill=True)
+    await command.connect()
     running = asyncio.create_task(command.run({}, 60, boottime() + 60, 0.3))
     async with asyncio.timeout(60):
         while not started.exists():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
-    lost_at = boottime()
+    guard = int(started.read_text())
+    os.kill(guard, signal.SIGSTOP)
     command.end()
+    await asyncio.sleep(0.25)
+    continued_at = boottime()
+    os.kill(guard, signal.SIGCONT)
     assert await running == (128 + signal.SIGKILL, True, "")
-    assert boottime() > lost_at + 0.3
+    assert boottime() > continued_at + 0.3
+
+
+async def test_a_signal_reaches_a_command_that_has_just_been_started() -> None:
+    """Also while its process is made: one of several signals comes then."""
+    for _ in range(12):
+        command = Command(("sleep", "1000"), Terminal(), kill=True)
+        await command.connect()
+        running = asyncio.create_task(command.run({}, 60, boottime() + 10, 0))
+        await asyncio.sleep(0)  # until its first wait
+        command.extend(boottime() + 5)
+        command.signal(signal.SIGTERM)
+        assert await running == (128 + signal.SIGTERM, False, "")
 
 
 def test_an_outage_shorter_than_the_lease_kills_nothing(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:

@@ -82,17 +82,20 @@ class Command:
     def __str__(self) -> str:
         return self._name
 
+    async def connect(self) -> None:
+        """Call this before all else, and before a lease is taken."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+
     async def run(self, environment: Mapping[str, str], ttl: float, lease_end: float, kill_after: float) -> Ended:
         """Run the command with these additional variables. Return when it has ended, and no lease is used any more.
 
         ttl: the length of the lease. lease_end: its end, by the clock `boottime`. kill_after: seconds between SIGTERM
         and SIGKILL.
         """
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTSTP, self.signal, signal.SIGTSTP)
         self._send("start", dict(environment), min(_DYING, ttl / 10), kill_after, lease_end)
         try:
-            return await self._follow(reader)
+            return await self._follow()
         except BaseException:
             self.signal(signal.SIGKILL)  # the caller is about to release the lease
             raise
@@ -115,9 +118,9 @@ class Command:
     def _send(self, *message: object) -> None:
         self._writer.write(json.dumps(message).encode() + b"\n")
 
-    async def _follow(self, reader: asyncio.StreamReader) -> Ended:
+    async def _follow(self) -> Ended:
         lease_over = False
-        while line := await reader.readline():
+        while line := await self._reader.readline():
             match json.loads(line):
                 case ["started", group]:
                     self._group = group
@@ -312,6 +315,7 @@ class _Guard:
     def _start(self, environment: dict[str, str]) -> None:
         self._exec_errors, errors = os.pipe()
         dies_with_parent = _death_signal() if self._kills else None
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # until the new process does not ignore them
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -320,6 +324,7 @@ class _Guard:
                     self._terminal.give(os.getpid())
                 for number in {*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ} - {*self._ignored}:
                     signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 if dies_with_parent is not None:
                     dies_with_parent()
                 os.execvpe(self._command[0], self._command, {**os.environ, **environment})  # noqa: S606 # no shell is what is wanted
@@ -327,6 +332,7 @@ class _Guard:
                 os.write(errors, b"%d" % (error.errno or 0))
             finally:
                 os._exit(127)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(errors)
         with suppress(OSError):  # the command did it first
             os.setpgid(self._pid, self._pid)

@@ -256,6 +256,7 @@ class _Run:
             self._progress.clear()
 
     async def _main(self, pools: "AsyncPoolClient") -> tuple[int, str]:
+        await self._command.connect()
         self._main_task = asyncio.current_task()
         for number in _FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
