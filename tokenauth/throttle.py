@@ -322,7 +322,7 @@ class Throttle:
             buckets = self._range_buckets(_key("network", listed.address), _key("region", listed.address))
             found = await self._store.failures.get([bucket.key for bucket in buckets])
             now = self._clock()
-            wait = max(_bucket_wait(bucket, found, now) for bucket in buckets)
+            wait = max(_bucket_wait(bucket, bucket.remaining(found, now)) for bucket in buckets)
         else:
             delays = await self._read([_keys(listed.user or "", listed.address)])
             wait, now = delays.longest()[0], delays.now
@@ -403,9 +403,8 @@ class Throttle:
         if streak is not None and count:
             waits.append(_Wait(streak.last_at + self._delay(count) - now, key, count))
         for bucket in self._limiting_buckets(state, all_strangers):
-            remaining[bucket.key] = bucket.remaining(found, now)
-            if bucket.key in found:
-                waits.append(_bucket_wait(bucket, found, now))
+            remaining[bucket.key] = left = bucket.remaining(found, now)
+            waits.append(_bucket_wait(bucket, left))
         return max(waits, key=_seconds), remaining
 
     def _limiting_buckets(self, state: _State, all_strangers: bool) -> Iterable[_Bucket]:
@@ -507,8 +506,7 @@ def _keys(name: str, address: str) -> _Keys:
     )
 
 
-def _bucket_wait(bucket: _Bucket, found: Mapping[bytes, Failures], now: Instant) -> _Wait:
-    remaining = bucket.remaining(found, now)
+def _bucket_wait(bucket: _Bucket, remaining: float) -> _Wait:
     return _Wait((1 - remaining) * bucket.drain_time - _ROUNDING, bucket.key, math.ceil(bucket.capacity - remaining))
 
 
