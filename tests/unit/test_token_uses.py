@@ -1,7 +1,9 @@
 """Uses of tokens: what is noted, when it is written, and what happens while it cannot be."""
 
 import asyncio
+import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import pytest
 
@@ -72,6 +74,23 @@ async def test_the_last_use_is_written_once_in_a_period(opener: Opener, tokens: 
         last = (await stored(service, issued)).last_used_at
         assert last == (None if written is None else START + written)
         assert (await stored(service, issued)).expires_at == issued.token.expires_at
+
+
+async def test_the_use_of_a_fixed_lifetime_writes_no_index_on_sqlite(opener: Opener) -> None:
+    service = await opener.open()
+    issued = await log_in(service)
+    wal = opener.database.with_name(f"{opener.database.name}-wal")
+    with closing(sqlite3.connect(opener.database)) as db:
+        [(size,)] = db.execute("PRAGMA page_size")
+        roots = dict(db.execute("SELECT rootpage, name FROM sqlite_master WHERE tbl_name = 'tokens' AND rootpage > 0"))
+    opener.now += 3600
+    assert await use(service, issued) is not None
+    before = wal.stat().st_size
+    await service.tokens.uses.flush()
+    written = wal.read_bytes()[before:]
+    assert (await stored(service, issued)).last_used_at == opener.now
+    pages = {int.from_bytes(written[frame : frame + 4]) for frame in range(0, len(written), 24 + size)}
+    assert [name for page, name in roots.items() if page in pages] == ["tokens"]
 
 
 async def test_a_look_is_no_use(opener: Opener) -> None:
