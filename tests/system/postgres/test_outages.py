@@ -2,9 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import asyncpg
@@ -20,10 +20,13 @@ from tests.support.servers import START, HandClock, starting, worker
 from tests.support.tcp_proxy import Proxy
 from tests.system.postgres.crowd import POOL, check_log, is_outage, postgres_config, two_workers
 from tests.system.postgres.nodes import connected, nodes
+from tests.system.postgres.test_former_primary import two_servers
+from tests.system.postgres.test_hosts import several
 from tokenauth.errors import StoreUnavailable
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.changes.tokens import REVOCATION_LOCK
 from tokenauth.stores.open import examine, open_store
+from tokenauth.stores.postgres.engine import PostgresEngine
 from tokenauth.stores.postgres.transaction import advisory_key
 from tokenauth.stores.store import Store
 
@@ -264,11 +267,16 @@ async def test_a_long_revocation_stops_no_other_node(database: str, monkeypatch:
 
 @contextmanager
 def refusing_writes(postgres: Cluster, url: str, condition: str) -> Iterator[None]:
-    """Refuse to write the clock and the probe under a condition, as something that is not supported."""
+    """Refuse to write the clock and the probe under a condition, as something that is not supported.
+
+    The sequence `refused` has the process ID of the connection that was refused last: a rollback does not change it.
+    """
     name = name_of(url)
+    postgres.execute("CREATE SEQUENCE refused", name)
     postgres.execute(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        f" $$BEGIN IF {condition} THEN RAISE feature_not_supported; END IF; RETURN NEW; END$$",
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS"
+        f" $$BEGIN IF {condition} THEN PERFORM setval('refused', pg_backend_pid()); RAISE feature_not_supported;"
+        " END IF; RETURN NEW; END$$",
         name,
     )
     trigger = "CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON marks FOR EACH ROW EXECUTE FUNCTION refuse()"
@@ -277,25 +285,141 @@ def refusing_writes(postgres: Cluster, url: str, condition: str) -> Iterator[Non
         yield
     finally:
         postgres.execute("DROP FUNCTION refuse CASCADE", name)
+        postgres.execute("DROP SEQUENCE refused", name)
+
+
+def limit_connections(postgres: Cluster, url: str, limit: int) -> None:
+    """Refuse further connections of roles that are no superusers. The open ones stay. -1: no limit."""
+    postgres.execute(f'ALTER DATABASE "{name_of(url)}" CONNECTION LIMIT {limit}')
+
+
+async def soon(is_true: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something is true. Meanwhile the stores of this process go on."""
+    async with asyncio.timeout(20):
+        while True:
+            if await is_true():
+                return
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def refused_in_the_pool(
+    postgres: Cluster, url: str
+) -> AsyncIterator[tuple[Store, Callable[[], Awaitable[None]]]]:
+    """Open a store with one connection, in a database that refuses writes and more connections.
+
+    The second value waits until one more write has been refused in the store's connection: that of a probe.
+    """
+    name = name_of(url)
+    async with nodes(url, connections=1) as (node,):
+        with refusing_writes(postgres, url, "true"):
+            with pytest.raises(StoreUnavailable):
+                await node.save_time(START + 1)
+            await node.tokens.list("ann", START, 1)
+            pooled = postgres.execute(f"SELECT pid {OURS.format(name)} AND query LIKE '%FROM tokens%'")
+            assert len(pooled) == 1
+            limit_connections(postgres, url, 1)
+
+            async def is_refused() -> bool:
+                return postgres.execute("SELECT last_value::int FROM refused", name) == pooled
+
+            async def refused() -> None:
+                postgres.execute("SELECT setval('refused', 1)", name)
+                await soon(is_refused)
+
+            yield node, refused
 
 
 async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> None:
     """A probe uses a connection of its own, and one of the pool where the database allows no more."""
-    refused = f'too many connections for database "{name_of(database)}"'
-    async with nodes(database) as (node,):
-        await asyncio.gather(*(node.tokens.list("ann", START, 1) for _ in range(4)))
-        with refusing_writes(postgres, database, "true"):
-            with pytest.raises(StoreUnavailable):
-                await node.save_time(START + 1)
+    async with refused_in_the_pool(postgres, database) as (node, refused):
+        for _ in range(3):
+            await refused()
             assert "feature_not_supported" in (await node.ready() or "")
-            postgres.execute(f'ALTER DATABASE "{name_of(database)}" CONNECTION LIMIT 1')
-            while postgres.log.read_text().count(refused) < 3:
-                assert "feature_not_supported" in (await node.ready() or "")
+        postgres.execute("DROP TRIGGER refuse ON marks", name_of(database))
+        await _issue_soon(node)
+
+
+async def test_a_refused_probe_leaves_no_transaction(postgres: Cluster, database: str) -> None:
+    """Queries use the connection of the pool in which it has failed."""
+    async with refused_in_the_pool(postgres, database) as (node, refused):
+        await refused()
+        await node.tokens.list("ann", START, 1)
+
+
+async def test_a_full_database_is_read_when_it_has_room(postgres: Cluster, database: str) -> None:
+    """Its refusal ends an outage of reading. Otherwise only probes would try to connect, and others would be faster."""
+
+    async def is_full() -> bool:
+        return "not writable: TooManyConnectionsError" in (await node.ready() or "")
+
+    with Proxy(postgres.port) as proxy:
+        async with nodes(postgres.url(name_of(database), proxy.port)) as (node,), AsyncExitStack() as others:
+            proxy.cut()
+            with pytest.raises(StoreUnavailable):
                 await node.tokens.list("ann", START, 1)
-        async with asyncio.timeout(20):
-            while await node.ready() is not None:
-                await node.tokens.list("ann", START, 1)
-        await node.save_time(START + 1)
+            assert "store unreachable" in (await node.ready() or "")
+            for _ in range(3):
+                await others.enter_async_context(connected(database))
+            limit_connections(postgres, database, 3)
+            proxy.heal()
+            await soon(is_full)
+            limit_connections(postgres, database, -1)  # no probe runs meanwhile: this blocks the event loop
+            await node.tokens.list("ann", START, 1)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+async def test_a_full_primary_begins_no_outage(monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
+    """The open connections work, though a probe gets none."""
+    monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
+    with two_servers() as (primary, standby, url):
+        async with nodes(several(url, *[primary.port, standby.port][:hosts])) as (node,):
+            await asyncio.gather(*(node.tokens.list("ann", START, 1) for _ in range(4)))
+            limit_connections(primary, url, 1)
+            for number in range(10):
+                assert await node.ready() is None
+                await node.tokens.issue(token(number), 0, START)
+
+
+async def test_a_busy_pool_begins_no_outage(postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that gets no connection does not wait for one of the pool while there is no outage."""
+    monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
+    async with nodes(database, connections=1) as (node,), connected(database) as other:
+        await node.tokens.issue(token(1), 0, START)
+        limit_connections(postgres, database, 1)
+        async with other.transaction():
+            await other.execute(f"SELECT pg_advisory_xact_lock({advisory_key(REVOCATION_LOCK)})")
+            waiting = asyncio.ensure_future(node.tokens.revoke(token(1).digest, START))
+            while not await other.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"):
+                pass
+            assert isinstance(node.engine, PostgresEngine)
+            assert await node.engine.connections.probed_problem() is None
+        assert await waiting
+
+
+async def test_a_probe_of_reading_may_be_unsupported(postgres: Cluster, database: str) -> None:
+    """What only speaks PostgreSQL's protocol may refuse the probe. It answers, so queries are tried."""
+    name = name_of(database)
+
+    async def is_probed() -> bool:
+        if postgres.execute("SELECT is_called FROM probes", name) == [(True,)]:
+            return True
+        postgres.execute(f"SELECT pg_terminate_backend(pid) {OURS.format(name)} AND query LIKE '%JOIN revocations%'")
+        return False  # but it is probed when the revocation feed is lost
+
+    async with nodes(database) as (node,):
+        for statement in (
+            "CREATE SEQUENCE probes",
+            "CREATE FUNCTION refuse() RETURNS SETOF int LANGUAGE plpgsql SECURITY DEFINER AS"
+            " $$BEGIN PERFORM nextval('probes'); RAISE feature_not_supported; END$$",
+            "ALTER TABLE failures RENAME TO renamed",
+            "CREATE VIEW failures AS SELECT refuse()",
+            "GRANT ALL ON failures TO tokenauth",
+        ):
+            postgres.execute(statement, name)
+        await soon(is_probed)
+        assert await node.ready() is None
+        await node.tokens.list("ann", START, 1)
 
 
 async def test_a_probe_writes_without_lock_table(

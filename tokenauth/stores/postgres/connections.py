@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 from typing import TypeVar
 
@@ -311,25 +311,30 @@ class Connections:
         self._wrote_at = monotonic()
 
     async def _probe_reading(self) -> str | None:
-        return await self._probe(self._reading, _read_tables)
+        """Read on a connection of its own; return what is wrong, if anything."""
+        try:
+            async with self.listening() as db:
+                await db.execute(f"{_BEGIN_PROBE}; {_READ_TABLES}; COMMIT")
+        except (asyncpg.TooManyConnectionsError, asyncpg.FeatureNotSupportedError):
+            return None  # it answers: queries will find out whether their connections work
+        except UNAVAILABLE as error:
+            return reason(error)
+        return None
 
     async def _probe_writing(self) -> str | None:
-        return await self._probe(self._writing, self._write_tables)
+        """Write on a connection of its own; return what is wrong, if anything.
 
-    async def _probe(self, circuit: Circuit, check: Callable[[hosts.Primary], Awaitable[str | None]]) -> str | None:
-        """Check the database on a connection of its own; return what is wrong, if anything.
-
-        Where no more connections are allowed, an outage ends only when one of the pool works.
+        Only a write ends an outage: if no more connections are allowed, it is written with one of the pool.
         """
         try:
-            try:
-                async with self.listening() as db:
-                    return await check(db)
-            except asyncpg.TooManyConnectionsError:
-                if circuit.problem is None:
-                    return None  # it answers: the open connections will find out whether they still work
-                async with self._pooled() as db:
-                    return await check(db)
+            async with AsyncExitStack() as stack:
+                try:
+                    db = await stack.enter_async_context(self.listening())
+                except asyncpg.TooManyConnectionsError:
+                    if self._writing.problem is None:
+                        return None  # it answers: changes will find out whether their connections work
+                    db = await stack.enter_async_context(self._pooled())
+                return await self._write_tables(db)
         except UNAVAILABLE as error:
             return reason(error)
 
@@ -455,10 +460,6 @@ class Connections:
         except BaseException:  # it is unknown how far it got
             db.invalidate()
             raise
-
-
-async def _read_tables(db: hosts.Primary) -> None:
-    await db.execute(f"{_BEGIN_PROBE}; {_READ_TABLES}; COMMIT")
 
 
 async def _waits_for_standby(db: hosts.Primary) -> bool:

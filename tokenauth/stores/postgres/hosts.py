@@ -111,6 +111,7 @@ class Primaries:
         """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
 
         Raises what the driver raises for a single host, and NoPrimary if there are several, or the one is a standby.
+        Raises TooManyConnectionsError if each that may be the primary takes no more.
         """
         arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
         places: list[dict[str, Any]] = [{}]
@@ -166,10 +167,15 @@ def _place(arguments: Mapping[str, Any]) -> str:
 
 
 def _no_primary(states: Mapping[str, BaseException | None]) -> BaseException:
-    """Return the error of hosts, none of which is the primary. An error of None: it was, until another was promoted."""
+    """Return the error of hosts, none of which is the primary. An error of None: it was, until another was promoted.
+
+    If each that may be the primary takes no more connections, that is the error: open connections may still work.
+    """
     errors = [error for error in states.values() if error is not None]
-    if len(states) == 1 and errors and not isinstance(errors[0], asyncpg.TargetServerAttributeNotMatched):
-        return errors[0]
+    possible = [error for error in errors if not isinstance(error, asyncpg.TargetServerAttributeNotMatched)]
+    are_full = all(isinstance(error, asyncpg.TooManyConnectionsError) for error in possible)
+    if possible and (are_full or len(states) == 1):
+        return possible[0]
     return NoPrimary([f"{place} {_state(error)}" for place, error in states.items()], errors)
 
 
