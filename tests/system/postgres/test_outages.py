@@ -304,24 +304,28 @@ async def soon(is_true: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def refused_in_the_pool(
-    postgres: Cluster, url: str
+    postgres: Cluster, url: str, connections: int
 ) -> AsyncIterator[tuple[Store, Callable[[], Awaitable[None]]]]:
-    """Open a store with one connection, in a database that refuses writes and more connections.
+    """Open a store in a database that refuses writes and more connections, so that one is left in its pool.
 
-    The second value waits until one more write has been refused in the store's connection: that of a probe.
+    The second value waits until one more write has been refused in that connection: that of a probe.
     """
     name = name_of(url)
-    async with nodes(url, connections=1) as (node,):
+    async with nodes(url, connections=connections) as (node,):
         with refusing_writes(postgres, url, "true"):
             with pytest.raises(StoreUnavailable):
                 await node.save_time(START + 1)
-            await node.tokens.list("ann", START, 1)
-            pooled = postgres.execute(f"SELECT pid {OURS.format(name)} AND query LIKE '%FROM tokens%'")
-            assert len(pooled) == 1
+            await asyncio.gather(*(node.tokens.list("ann", START, 1) for _ in range(connections)))
+            *others, left = postgres.execute(f"SELECT pid {OURS.format(name)} AND query LIKE '%FROM tokens%'")
+            assert len(others) == connections - 1
             limit_connections(postgres, url, 1)
+            for (pid,) in others:
+                postgres.execute(f"SELECT pg_terminate_backend({pid})")
 
             async def is_refused() -> bool:
-                return postgres.execute("SELECT last_value::int FROM refused", name) == pooled
+                with suppress(StoreUnavailable):
+                    await node.tokens.list("ann", START, 1)
+                return postgres.execute("SELECT last_value::int FROM refused", name) == [left]
 
             async def refused() -> None:
                 postgres.execute("SELECT setval('refused', 1)", name)
@@ -332,7 +336,7 @@ async def refused_in_the_pool(
 
 async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> None:
     """A probe uses a connection of its own, and one of the pool where the database allows no more."""
-    async with refused_in_the_pool(postgres, database) as (node, refused):
+    async with refused_in_the_pool(postgres, database, 4) as (node, refused):
         for _ in range(3):
             await refused()
             assert "feature_not_supported" in (await node.ready() or "")
@@ -342,7 +346,7 @@ async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> 
 
 async def test_a_refused_probe_leaves_no_transaction(postgres: Cluster, database: str) -> None:
     """Queries use the connection of the pool in which it has failed."""
-    async with refused_in_the_pool(postgres, database) as (node, refused):
+    async with refused_in_the_pool(postgres, database, 1) as (node, refused):
         await refused()
         await node.tokens.list("ann", START, 1)
 

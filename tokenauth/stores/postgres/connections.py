@@ -3,13 +3,13 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from time import monotonic
 from typing import TypeVar
 
 import asyncpg
 from sqlalchemy import URL, AdaptedConnection, Connection, event, exc, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from tokenauth.clock import Clock, boottime
@@ -118,6 +118,7 @@ class Connections:
         """
         self.name = hosts.name(url)
         self.notifies = True
+        self._size = connections
         self._primaries = hosts.Primaries()
         self._clock = clock
         arguments = {
@@ -356,7 +357,7 @@ class Connections:
     @asynccontextmanager
     async def _pooled(self) -> AsyncIterator[hosts.Primary]:
         """Use a connection of the pool."""
-        async with self._engine.connect() as db:
+        async with aclosing(await self._open_pooled()) as db:
             connection = (await db.get_raw_connection()).driver_connection
             assert isinstance(connection, hosts.Primary)
             try:
@@ -367,6 +368,13 @@ class Connections:
             except BaseException:
                 await db.invalidate()
                 raise
+
+    async def _open_pooled(self) -> AsyncConnection:
+        """Take a connection of the pool. Each has its turn: those that must be opened again may be refused."""
+        for _ in range(self._size - 1):
+            with suppress(exc.DBAPIError):
+                return await self._engine.connect()
+        return await self._engine.connect()
 
     async def standby_problem(self) -> str | None:
         """Return that commits wait for a synchronous standby, if they do and this role may see it."""
