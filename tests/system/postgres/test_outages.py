@@ -323,8 +323,6 @@ async def refused_in_the_pool(
                 postgres.execute(f"SELECT pg_terminate_backend({pid})")
 
             async def is_refused() -> bool:
-                with suppress(StoreUnavailable):
-                    await node.tokens.list("ann", START, 1)
                 return postgres.execute("SELECT last_value::int FROM refused", name) == [left]
 
             async def refused() -> None:
