@@ -336,11 +336,9 @@ def test_logins_go_on_without_the_directory(tmp_path: Path) -> None:
 
 
 def test_each_worker_says_that_another_cannot_write(tmp_path: Path) -> None:
-    """Only the one that had an act has tried."""
+    """Only the one that has created the database had an act."""
     config = write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/later/audit.jsonl"\n')
     with serve(config, "--workers", "2") as server:
-        with server.client() as client:
-            log_in(client)
         one, other = workers_of(server)
 
         def said() -> set[str | None]:
