@@ -153,9 +153,10 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         left = self._try(lease._leave_request())
         if left is not None and left.status_code != 204:
             response = self._try(lease._recover_request())
-            with contextlib.suppress(errors.Refusal):
-                if response is not None and lease._acquired(response) is None:
-                    self._release(lease)
+            if response is not None:
+                with contextlib.suppress(errors.Refusal):
+                    lease._acquired(response)
+        self._release(lease)
 
     def _keep_alive(self, lease: SyncLease) -> None:
         while not lease.lost.wait(lease._sleep_time(lease._next.keep_alive_at)):
@@ -265,9 +266,10 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
                     response = await asking
         if response is None and left is not None and not gone:
             response = await self._try(lease._recover_request())
-        with contextlib.suppress(errors.Refusal):
-            if response is not None and lease._acquired(response) is None:
-                await self._release(lease)
+        if response is not None:
+            with contextlib.suppress(errors.Refusal):
+                lease._acquired(response)
+        await self._release(lease)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Start a task that `aclose` waits for."""

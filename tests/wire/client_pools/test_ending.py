@@ -1,6 +1,7 @@
 """However a block ends, its token is released if possible, and no thread or task is left."""
 
 import asyncio
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in, worker, write_config
 from tests.wire.client_pools.clients import Client, Connect, Watch
-from tests.wire.client_pools.conftest import TTL
+from tests.wire.client_pools.conftest import MANY, TTL
 from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
 from tokenauth.client.pools import AsyncPoolClient, PoolClient
@@ -123,6 +125,42 @@ async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str],
         assert admin.counts("permit") == (0, 1)
         proxy.resume()
     assert admin.counts("permit") == (1, 0)
+
+
+async def test_several_tokens_granted_before_a_cancel_are_released(
+    login: dict[str, str], admin: PoolUser, server: Server, watch: Watch
+) -> None:
+    """They were waited for, and the response to the first keep-alive of one of them is in flight."""
+
+    async def hold() -> None:
+        async with pools.lease("permits", count=MANY, wait=60):
+            raise AssertionError("it was cancelled")
+
+    def hold_the_next() -> None:
+        if granted.is_set():
+            proxy.hold()
+
+    def waits() -> bool:
+        return bool(admin.call("GET", "/permits/requests")[1]["requests"])
+
+    granted = threading.Event()
+    proxy = Proxy(server.port, hold_the_next)
+    with contextlib.closing(proxy):
+        async with AsyncPoolClient(proxy.url, headers=login, monotonic=watch) as pools:
+            lease = admin.assign("permits")
+            task = asyncio.create_task(hold())
+            await asyncio.to_thread(until, waits, "it waits")
+            watch.advance(TTL / 3)
+            granted.set()
+            admin.release("permits", lease.token)
+            await asyncio.to_thread(proxy.wait_for_response)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert admin.counts("permits") == (0, MANY)
+            granted.clear()
+            proxy.resume()
+        assert admin.counts("permits") == (MANY, 0)
 
 
 async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], admin: PoolUser, proxy: Proxy) -> None:
