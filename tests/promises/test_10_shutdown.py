@@ -94,7 +94,7 @@ def half_a_login(server: Server) -> Iterator[tuple[socket.socket, bytes]]:
 def refuses(server: Server) -> bool:
     """Whether a connection is refused. If it is not, it must be answered or closed soon."""
     try:
-        with Connection(server.port, timeout=10) as connection:
+        with Connection(server.port, timeout=20) as connection:
             assert connection.ask("GET", "/healthz", Connection="close").status == 200
     except Refused:
         return True

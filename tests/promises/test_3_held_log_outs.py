@@ -107,7 +107,7 @@ def test_a_queued_logout_survives_kill_reload_and_stop(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             server.process.wait(1)
         limit_files(server, resource.RLIM_INFINITY)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert server.events("revocation_lost") == []
         (written,) = server.events("token_revoked")
         assert written["late"]
@@ -122,7 +122,7 @@ def test_revocations_never_written_are_logged_once(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         until(lambda: refuses(server), "the port is closed")
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 1
+        assert server.process.wait(60) == 1
         assert [event["id"] for event in server.events("revocation_lost")] == [held["id"]]
 
 
@@ -135,7 +135,7 @@ def test_sigterm_under_a_lock_of_six_seconds_loses_nothing(tmp_path: Path) -> No
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 server.process.wait(6)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert server.events("revocation_held_in_memory") != []
         assert server.events("revocation_lost") == []
     assert is_written(tmp_path / "config.toml", [ended, kept]) == [True, False]

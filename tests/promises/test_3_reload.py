@@ -32,6 +32,7 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
     pool = "[pools.p]\ncapacity = 9\nprefill = true\n"
     config = write_config(tmp_path, pool)
     with ExitStack() as stack, serving(config, "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
         with Connection(server.port) as connection:
             admin = connection.log_in()
             ann = connection.log_in("ann", "ann-secret")
@@ -56,7 +57,7 @@ def test_sighup_ends_tokens_of_removed_and_changed_users(tmp_path: Path) -> None
         write_config(tmp_path, pool, users=new)
         with background(probe_over_an_open_connection), background(probe_over_a_new_connection):
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: not any(valid_somewhere(server, token) for token in (ann, bob)), "both are refused", 2)
+            until(lambda: not any(valid_somewhere(server, token) for token in (ann, bob)), "both are refused")
             until(lambda: len(server.events("reloaded")) == 1, "the new workers serve")
         # Slow requests must be waited for. One worker may have got none of them.
         assert len(server.events("stopped")) < 2

@@ -190,24 +190,37 @@ def test_a_suspended_sibling_delays_but_accepts_nothing(two: Server, pair: list[
         try:
             began = monotonic()
             ended = end(here, tokens)
-            assert BOUND < monotonic() - began < BOUND + 4
+            assert monotonic() - began > BOUND
         finally:
             os.kill(sleeper, signal.SIGCONT)
         assert not [token for token in ended if there.valid(token)]
 
 
+ATTEMPTS = range(5)
+"""Of these log-outs one must be quick: the machine may be busy. One that waits for a sibling never is."""
+
+
+def seconds_to_log_out(connection: Connection, token: str) -> float:
+    began = monotonic()
+    connection.log_out(token)
+    return monotonic() - began
+
+
 def test_a_killed_sibling_is_not_waited_for(two: Server) -> None:
     """Neither is one that is starting."""
-    gone, stays = workers_of(two)
-    with connected(two, stays) as here:
-        token = here.log_in(*BOB)
-        before = len(two.events("started"))
-        os.kill(gone, signal.SIGKILL)
-        began = monotonic()
-        here.log_out(token)
-        assert monotonic() - began < BOUND
-        assert not here.valid(token)
-    until(lambda: len(two.events("started")) > before, "the worker is replaced")
+
+    def seconds() -> float:
+        gone, stays = workers_of(two)
+        with connected(two, stays) as here:
+            token = here.log_in(*BOB)
+            before = len(two.events("started"))
+            os.kill(gone, signal.SIGKILL)
+            found = seconds_to_log_out(here, token)
+            assert not here.valid(token)
+        until(lambda: len(two.events("started")) > before, "the worker is replaced")
+        return found
+
+    assert any(seconds() < BOUND for _ in ATTEMPTS)
 
 
 def test_a_single_worker_waits_for_nobody(postgres: Cluster, tmp_path: Path) -> None:
@@ -217,12 +230,10 @@ def test_a_single_worker_waits_for_nobody(postgres: Cluster, tmp_path: Path) -> 
         serving(write_config_for(url, tmp_path), "--workers", "1") as server,
         Connection(server.port) as connection,
     ):
-        token = connection.log_in()
+        tokens = [connection.log_in() for _ in ATTEMPTS]
         os.kill(server.process.pid, signal.SIGSTOP)
         try:
-            began = monotonic()
-            connection.log_out(token)
-            assert monotonic() - began < BOUND
+            assert any(seconds_to_log_out(connection, token) < BOUND for token in tokens)
         finally:
             os.kill(server.process.pid, signal.SIGCONT)
 

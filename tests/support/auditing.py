@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.journal import until
+from tests.support.servers import whole_lines
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
     """Return the records of one file. It need not exist."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def wait_for(path: Path, count: int = 1, **fields: object) -> list[dict[str, Any]]:

@@ -244,6 +244,10 @@ def _ended(recording: Recording, database: Path, span: tuple[int, int], name: st
     assert name != "unlink" or database.name.encode() not in _text(_STRING.findall(call)[0]), "a file was removed"
 
 
+_LATELY = 100
+"""Lines of a trace in which clients get about three answers."""
+
+
 class States:
     """The states that a power failure may leave, at random."""
 
@@ -256,8 +260,8 @@ class States:
     def __iter__(self) -> Iterator[tuple[int, dict[str, bytes]]]:
         """Yield instants of the recording, and the content of each file that a power failure then leaves.
 
-        Half of the instants are just before or after an answer. In half of the states, what was written until some
-        instant has reached the disk in order; of the rest, any of it has.
+        Half of the instants are just before or after an answer. In two thirds of the states, what was written until
+        some instant has reached the disk in order, in half of them until one just before; of the rest, any of it has.
         """
         while True:
             at = self._random.randrange(self._recording.length + 1)
@@ -269,7 +273,7 @@ class States:
         files = defaultdict(bytearray, {name: bytearray(content) for name, content in self._before.items()})
         share = self._random.choice([0.0, 0.2, 0.5, 0.8, 1.0])
         torn = self._random.choice([0.0, 0.5])
-        in_order = self._random.choice([0, self._random.randrange(at + 1)])
+        in_order = self._random.choice([0, self._random.randrange(at + 1), at - self._random.randrange(_LATELY)])
         for write in self._recording.writes:
             if write.begun >= at:
                 break

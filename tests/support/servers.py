@@ -99,8 +99,7 @@ class Server:
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the server's log events, or those of one name."""
         wanted = "{" if name is None else f'"{name}"'  # other programs write a space before it
-        lines = self.log.read_text().splitlines()
-        found = [json.loads(line) for line in lines if line.startswith("{") and wanted in line]
+        found = [json.loads(line) for line in whole_lines(self.log) if line.startswith("{") and wanted in line]
         return [line for line in found if name in {None, line["event"]}]
 
     def errors(self) -> list[dict[str, Any]]:
@@ -206,6 +205,11 @@ def spawn(
 def _environment() -> dict[str, str]:
     """Return the environment of a process that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def whole_lines(file: Path) -> list[str]:
+    """Return the lines of a file that another process may be writing: its last one may not be complete."""
+    return file.read_bytes().rpartition(b"\n")[0].decode().splitlines()
 
 
 def _new_log(directory: Path) -> Path:

@@ -5,6 +5,7 @@ In production each worker is a new interpreter, which takes ten times as long to
 
 import os
 import signal
+import time
 import traceback
 
 from tests.support.servers import HEARTBEAT
@@ -43,6 +44,8 @@ def fork_worker(descriptors: tuple[int, int, int], standard_error: int) -> Forke
         return ForkedWorker(pid)
     code = 1
     try:
+        while os.path.exists(os.environ.get("HOLD", "")):
+            time.sleep(0.01)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(standard_error, 2)
@@ -62,7 +65,11 @@ def fork_worker(descriptors: tuple[int, int, int], standard_error: int) -> Forke
 
 
 def main() -> None:
-    """Run the command. A variable GRACE has the seconds that a stopping worker gets, instead of 30."""
+    """Run the command.
+
+    A variable GRACE has the seconds that a stopping worker gets, instead of 30. While the file HOLD exists, no worker
+    starts.
+    """
     if "GRACE" in os.environ:
         for module in (supervisor, worker):
             vars(module)["GRACE"] = int(os.environ["GRACE"])

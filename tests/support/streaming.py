@@ -48,7 +48,7 @@ class EventStream:
     def close(self) -> None:
         self._connection.close()
 
-    def next(self, seconds: float = 10) -> Event:
+    def next(self, seconds: float = 60) -> Event:
         """Return the next event. Fails if none comes in time; EOFError when the stream has ended."""
         deadline = time.monotonic() + seconds
         while "\n\n" not in self._text:
@@ -60,7 +60,7 @@ class EventStream:
         fields = dict(line.split(": ", 1) for line in frame.split("\n") if not line.startswith(":"))
         return Event(fields.get("event", ""), json.loads(fields.get("data", "null")), fields.get("id", ""))
 
-    def wait(self, name: str, seconds: float = 10) -> Event:
+    def wait(self, name: str, seconds: float = 60) -> Event:
         """Return the next event of this name, and skip others."""
         deadline = time.monotonic() + seconds
         while True:
@@ -81,7 +81,7 @@ class EventStream:
         except (TimeoutError, EOFError):
             return found
 
-    def wait_end(self, seconds: float = 10) -> None:
+    def wait_end(self, seconds: float = 60) -> None:
         """Wait until the connection is closed."""
         self._connection.settimeout(seconds)
         while self._connection.recv(65536):

@@ -255,36 +255,34 @@ def test_a_name_that_takes_no_connection_stops_no_reload(tmp_path: Path) -> None
 
 
 @contextmanager
-def held_reload(server: Server, config: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run `tokenauth reload`, which cannot end: SIGSTOP holds the new worker, whose process ID is yielded, too."""
-    (old,) = workers_of(server)
-    with subprocess.Popen(
-        [TOKENAUTH, "reload", "-c", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as command:
-        until(lambda: len(workers_of(server)) == 2, "a new worker starts")
-        (new,) = set(workers_of(server)) - {old}
-        os.kill(new, signal.SIGSTOP)
-        yield command, new
+def held_reload(config: Path) -> Iterator[tuple[Server, subprocess.Popen[str], Path]]:
+    """Run `tokenauth reload`, which cannot end while the file that is yielded exists: the new worker waits."""
+    hold = config.with_name("hold")
+    with serve(config, env={"HOLD": str(hold)}) as server:
+        hold.touch()
+        with subprocess.Popen(
+            [TOKENAUTH, "reload", "-c", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as command:
+            until(lambda: len(workers_of(server)) == 2, "a new worker starts")
+            yield server, command, hold
 
 
 def test_a_later_broken_file_is_no_answer_to_an_earlier_reload(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    with serving(config) as server, held_reload(server, config) as (command, new):
+    with held_reload(config) as (server, command, hold):
         config.write_text("[server")
         assert "not TOML" in refused(reload(tmp_path), server.process.pid)
-        os.kill(new, signal.SIGCONT)
+        hold.unlink()
         shown, _ = command.communicate(timeout=60)
         assert shown == f"Reloaded by process {server.process.pid}: nothing has changed.\n"
 
 
 def test_a_server_that_ends_does_not_leave_the_command_waiting(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    with serving(config) as server:
-        with held_reload(server, config) as (command, _):
-            server.process.send_signal(signal.SIGTERM)
-            _, shown = command.communicate(timeout=30)
-            assert command.returncode == 1
-            assert f"The server with process {server.process.pid} has ended" in shown
+    with held_reload(write_config(tmp_path)) as (server, command, _):
+        server.process.send_signal(signal.SIGTERM)
+        _, shown = command.communicate(timeout=60)
+        assert command.returncode == 1
+        assert f"The server with process {server.process.pid} has ended" in shown
         server.process.wait(60)
 
 

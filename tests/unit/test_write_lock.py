@@ -19,12 +19,9 @@ import structlog
 from tests.support.servers import START
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
-from tokenauth.stores.sqlite import write_lock, writer
+from tokenauth.stores.sqlite import writer
 from tokenauth.stores.sqlite.engine import SqliteEngine
 from tokenauth.stores.store import Store
-
-SOON = 0.5
-"""Seconds that a write may take without waiting for another process, on a busy machine."""
 
 
 @asynccontextmanager
@@ -59,19 +56,30 @@ def writer_of(store: Store) -> writer.SqliteWriter:
     return store.engine.writer
 
 
-async def seconds(store: Store) -> float:
-    """Write something, and return how long that took."""
-    began = monotonic()
-    await store.save_time(START)
-    return monotonic() - began
+@pytest.fixture
+def for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let writes wait for the lock until it is free, however long that takes."""
+    monkeypatch.setattr(writer, "LOCK_TIMEOUT", 3600)
 
 
+async def write(store: Store) -> None:
+    """Write something. Fails if it waits for a lock that is not released."""
+    async with asyncio.timeout(60):
+        await store.save_time(START)
+
+
+async def waits(writing: asyncio.Future[None]) -> bool:
+    """Whether a write waits."""
+    return not (await asyncio.wait({writing}, timeout=0.2))[0]
+
+
+@pytest.mark.usefixtures("for_ever")
 async def test_a_write_waits_for_the_lock_and_no_longer(store: Store, tmp_path: Path) -> None:
     with locked(tmp_path) as end:
-        writing = asyncio.ensure_future(seconds(store))
-        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+        writing = asyncio.ensure_future(write(store))
+        assert await waits(writing)
         end()
-        assert 0.2 <= await writing < write_lock.LOCK_TIMEOUT
+        await writing
 
 
 async def test_a_write_wakes_one_thread(store: Store) -> None:
@@ -97,19 +105,26 @@ async def test_a_lock_that_stays_held_delays_one_write(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process may be suspended. Until it continues, writers rely on SQLite's own lock."""
-    monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.1)
     with locked(tmp_path):
-        assert await seconds(store) >= 0.1
+        monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.1)
+        began = monotonic()
+        await write(store)
+        assert monotonic() - began >= 0.1
+        monkeypatch.setattr(writer, "LOCK_TIMEOUT", 3600)
         for _ in range(5):
-            assert await seconds(store) < SOON
+            await write(store)
         assert await store.ready() is None
     async with asyncio.timeout(20):
         while writer_of(store)._write_lock.new_wait() is None:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
-    with locked(tmp_path):
-        assert await seconds(store) >= 0.1
+    with locked(tmp_path) as end:
+        writing = asyncio.ensure_future(write(store))
+        assert await waits(writing)
+        end()
+        await writing
 
 
+@pytest.mark.usefixtures("for_ever")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Path, how: signal.Signals) -> None:
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -120,24 +135,26 @@ async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Pat
     ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        writing = asyncio.ensure_future(seconds(store))
-        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+        writing = asyncio.ensure_future(write(store))
+        assert await waits(writing)
         holder.send_signal(how)
-        assert await writing < write_lock.LOCK_TIMEOUT
+        await writing
 
 
+@pytest.mark.usefixtures("for_ever")
 async def test_a_deleted_lock_file_is_created_again(store: Store, tmp_path: Path) -> None:
     """Until then processes with the old file lock it, and others a new one."""
     file = tmp_path / "tokenauth.db-lock"
     file.unlink()
-    assert await seconds(store) < SOON
+    await write(store)
     writer_of(store).refresh_write_lock()
     with locked(tmp_path):
-        writing = asyncio.ensure_future(seconds(store))
-        assert not (await asyncio.wait({writing}, timeout=0.2))[0]
+        writing = asyncio.ensure_future(write(store))
+        assert await waits(writing)
     await writing
 
 
+@pytest.mark.usefixtures("for_ever")
 @pytest.mark.parametrize("place", ["directory", "link", "nowhere"])
 async def test_writes_work_without_a_usable_lock_file(tmp_path: Path, place: str) -> None:
     file = tmp_path / "tokenauth.db-lock"
@@ -147,8 +164,8 @@ async def test_writes_work_without_a_usable_lock_file(tmp_path: Path, place: str
         file.symlink_to(tmp_path / "elsewhere" if place == "link" else "/proc/1/nothing")
     with structlog.testing.capture_logs() as logs:
         async with opened(tmp_path) as one, opened(tmp_path) as other:
-            assert await seconds(one) < SOON
-            assert await seconds(other) < SOON
+            await write(one)
+            await write(other)
             assert await one.ready() is None
     assert [entry["reason"] for entry in logs if entry["event"] == "write_lock_unusable"] != []
     assert not (tmp_path / "elsewhere").exists()
@@ -169,10 +186,9 @@ async def test_writers_of_several_stores_alternate(tmp_path: Path) -> None:
     """Each writes while the others want to write too: none starves."""
     async with opened(tmp_path) as one, opened(tmp_path) as two, opened(tmp_path) as three:
         counts = {id(each): 0 for each in (one, two, three)}
-        until = monotonic() + 0.5
 
         async def write(store: Store) -> None:
-            while monotonic() < until:
+            while max(counts.values()) < 100:
                 await store.save_time(START + counts[id(store)])
                 counts[id(store)] += 1
 

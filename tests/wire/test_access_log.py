@@ -1,13 +1,13 @@
 """The access log is off by default. When it is on, it has one line per request, without secrets."""
 
 import base64
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.journal import until
 from tests.support.servers import HandClock, Server, exchange, log_in, worker, write_config
 
 SECRETS = ["admin-mistyped-password", "wrong-secret"]
@@ -20,9 +20,7 @@ def settings() -> str:
 
 def logged(server: Server, since: int, wanted: int) -> list[dict[str, Any]]:
     """Wait for `wanted` lines after the first `since`: a line is written after the response."""
-    deadline = time.monotonic() + 10
-    while len(server.events("request")) < since + wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(server.events("request")) >= since + wanted, "the requests are logged")
     return server.events("request")[since:]
 
 

@@ -339,6 +339,7 @@ def test_each_worker_says_that_another_cannot_write(tmp_path: Path) -> None:
     """Only the one that has created the database had an act."""
     config = write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/later/audit.jsonl"\n')
     with serve(config, "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
         one, other = workers_of(server)
 
         def said() -> set[str | None]:
@@ -359,7 +360,7 @@ def test_a_full_disk_stops_no_login(tmp_path: Path) -> None:
     chain = Chain(file)
     chain.append([json.dumps({"action": "test", "text": "x" * 8_000_000}).encode()])
     with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server, server.client() as client:
-        wait_for(file, action="upgrade_schema")
+        wait_for(file, 3)  # with the schema and the start
         limit_files(server, file.stat().st_size)
         token = log_in(client)
         client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
@@ -432,8 +433,9 @@ def test_what_a_reload_cannot_write_is_written_later(tmp_path: Path) -> None:
                 token = log_in(client)
             reload(server)
         with server.client(headers={"X-Token": token}) as client:  # of a worker that had no act
-            assert client.get("/readyz").raise_for_status().json() == {"status": "ready", "audit": OTHER_PROCESS}
-            assert client.get("/api/status").raise_for_status().json()["audit"] == {"up": False, "lost": 0}
+            ready, status = {"status": "ready", "audit": OTHER_PROCESS}, {"up": False, "lost": 0}
+            until(lambda: client.get("/readyz").raise_for_status().json() == ready, "the main process has tried")
+            assert client.get("/api/status").raise_for_status().json()["audit"] == status
         file.parent.mkdir()
         wait_for(file, action="reload")
         assert server.stop() == 0

@@ -164,6 +164,7 @@ def test_a_broken_request_ends_only_its_connection(running: tuple[Server, Scrape
 
 def test_no_counter_falls_at_a_reload(tmp_path: Path) -> None:
     with metered(write_config(tmp_path, SETTINGS), "--workers", "2") as (server, scraper):
+        scraper.wait(2, "workers")
         with Connection(server.port) as connection:
             token = connection.log_in()
             for _ in range(5):
@@ -181,6 +182,7 @@ def test_no_counter_falls_at_a_reload(tmp_path: Path) -> None:
 
 def test_no_counter_falls_when_workers_are_killed(tmp_path: Path) -> None:
     with metered(write_config(tmp_path, SETTINGS), "--workers", "2") as (server, scraper):
+        scraper.wait(2, "workers")
         with Connection(server.port) as connection:
             token = connection.log_in()
             assert connection.valid(token)

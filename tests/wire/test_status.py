@@ -49,8 +49,9 @@ def test_all_workers_are_summed(server: Server, client: httpx.Client, admin: dic
             log_in(other, "ann", "ann-secret")
             other.post("/api/token", json={"username": "ann", "password": "wrong"})
     until(lambda: status(client, admin)["totals"]["logins"]["ok"] >= expected, "the reports")
+    pids = set(workers_of(server))
+    until(lambda: {each["pid"] for each in status(client, admin)["workers"]} == pids, "both workers have reported")
     found = status(client, admin)
-    assert {each["pid"] for each in found["workers"]} == set(workers_of(server))
     assert (found["workers_configured"], found["worker_crashes"]) == (2, 0)
     assert found["totals"]["logins"]["invalid_credentials"] >= 5
     assert sum(each or 0 for each in found["history"]["logins"]) == found["totals"]["logins"]["ok"]
@@ -82,7 +83,7 @@ def test_an_audit_log_that_cannot_be_written_is_shown(tmp_path: Path) -> None:
 
 
 def test_pools_and_live_tokens_are_read_in_the_background(client: httpx.Client, admin: dict[str, str]) -> None:
-    until(lambda: status(client, admin)["pools"][0]["leased"] is not None, "the first look", 30)
+    until(lambda: status(client, admin)["pools"][0]["leased"] is not None, "the first look")
     found = status(client, admin)
     assert found["pools"][0] == {
         **{"name": "phones", "capacity": 3, "leased": 0, "waiting": 0},

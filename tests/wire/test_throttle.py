@@ -395,7 +395,7 @@ def test_an_unknown_name_does_not_block_its_network(
     fail_logins(proxied, home)
     clock.advance(FORGET // NETWORK_FREE)
     for name, status in [(unknown, 401), ("ann", 429)]:
-        assert exchange(proxied.base_url.port or 0, login_bytes(name, "wrong", home), timeout=3)[0] == status
+        assert exchange(proxied.base_url.port or 0, login_bytes(name, "wrong", home))[0] == status
 
 
 @pytest.mark.parametrize(

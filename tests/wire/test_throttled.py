@@ -202,6 +202,7 @@ def test_all_workers_of_a_machine_are_listed(tmp_path: Path) -> None:
     """Also those that were replaced at a reload."""
     config = write_config(tmp_path, '[server]\ntrusted_proxies = ["127.0.0.1"]\n[throttle]\ndelay = "10m"')
     with serve(config, "--workers", "2") as server:
+        until(lambda: len(server.events("started")) == 2, "both workers serve")
         first, second = workers_of(server)
         for worker, address in ((first, "10.0.0.7"), (second, "10.1.0.7")):
             with suspended(worker, tmp_path / "tokenauth.db"), server.client() as client:

@@ -216,9 +216,7 @@ def test_a_served_socket_is_left_to_its_server(tmp_path: Path) -> None:
 def test_the_file_of_a_killed_server_is_replaced(tmp_path: Path) -> None:
     with on_socket(tmp_path) as (server, path):
         workers = workers_of(server)
-        for process in (server.process.pid, *workers):
-            os.kill(process, signal.SIGKILL)
-        server.process.wait(30)
+        server.kill()
         until(lambda: not any(Path(f"/proc/{process}").exists() for process in workers), "the workers are gone")
     assert path.exists()
     with on_socket(tmp_path):

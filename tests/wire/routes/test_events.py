@@ -1,7 +1,6 @@
 """GET /api/events: hints to read again, for those who may, until the token ends."""
 
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -174,10 +173,8 @@ def test_the_stream_of_a_token_that_ended_ends_at_once(
         else:
             caller = client if end == "logged out" else sibling_client
             caller.delete("/api/token", headers={"X-Token": ann})
-        began = time.monotonic()
-        assert stream.wait("bye").data == {"reason": "logged_out"}
-        stream.wait_end()
-        assert time.monotonic() - began < 1
+        assert stream.wait("bye", event_streams.QUIET).data == {"reason": "logged_out"}
+        stream.wait_end(event_streams.QUIET)
         with EventStream(server.port, ann) as again:
             assert again.status == 401
 
@@ -185,11 +182,14 @@ def test_the_stream_of_a_token_that_ended_ends_at_once(
 def test_a_stream_that_comes_back_is_told_what_it_missed(server: Server, client: httpx.Client, ann: str) -> None:
     with open_stream(server, ann) as stream, open_stream(server, ann) as other:
         stream.next(), other.next()
-        other.names(0.5)  # what earlier tests have changed
+        for _ in range(2):  # with the first one comes what earlier tests have changed
+            log_in(client, "ann", "ann-secret")
+            other.wait("tokens")
         with open_stream(server, ann) as current:
             first = current.next().id
         with open_stream(server, ann, {"Last-Event-ID": first}) as back:
-            assert back.names(0.3) == ["hello"], "nothing was missed"
+            assert back.next().name == "hello"
+            assert back.names(0.3) == [], "nothing was missed"
         stream.close()
         assert lease(client, ann).status_code == 201
         last = other.wait("pool")
@@ -198,7 +198,8 @@ def test_a_stream_that_comes_back_is_told_what_it_missed(server: Server, client:
         assert back.next().name == "hello"
         assert back.next() == ("pool", {"name": "open"}, last.id)
     with open_stream(server, ann, {"Last-Event-ID": last.id}) as back:
-        assert back.names(0.3) == ["hello"]
+        assert back.next().name == "hello"
+        assert back.names(0.3) == []
 
 
 @pytest.mark.parametrize("unknown", ["0", "00000000-1", "x" * 5000, "%00", "-", "1-2-3", "²"])

@@ -67,7 +67,7 @@ def test_refusals_of_the_protocol_have_the_headers(server: Server, request_: byt
 
 
 def test_pipelined_answers_are_framed_correctly(server: Server) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 2)
         data = b""
         while data.count(b'{"status":"ok"}') < 2:

@@ -113,7 +113,7 @@ def test_a_lost_answer_costs_nothing(ann: User) -> None:
     first = ann.lease(request="r1").json()
     again = ann.lease(request="r1").json()
     assert {**again, "expires_in": 60} == {**first, "expires_in": 60}
-    assert again["expires_in"] in {59, 60}
+    assert 0 < again["expires_in"] <= 60
     ann.release(first["token"])
     lost = ann.lease(request="r1")
     assert (lost.status_code, lost.json()["error"]) == (409, "lease_lost")
@@ -127,10 +127,10 @@ def test_the_copy_that_was_sent_last_gets_the_lease(ann: User) -> None:
     requests = [f"sent twice/{number}" for number in range(12)]
     first = [ann.wait(request=request) for request in requests]
     last = [ann._threads.submit(ann.lease, wait=50, request=request) for request in requests]
-    assert [copy.result(20).status_code for copy in first] == [202] * 12
+    assert [copy.result(60).status_code for copy in first] == [202] * 12
     for copy in last:
         ann.release(held)
-        assert copy.result(20).status_code == 201
+        assert copy.result(60).status_code == 201
     ann.release(held)
 
 
