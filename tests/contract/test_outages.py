@@ -17,6 +17,7 @@ import structlog
 from sqlalchemy import make_url
 
 from tests.contract.conftest import Place, Places, token
+from tests.support.patience import be_patient
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
 from tokenauth.errors import StartError, StoreUnavailable
@@ -400,8 +401,9 @@ async def test_a_node_cut_off_for_a_second_refuses_at_once(
 
 
 @pytest.mark.parametrize("places", ["postgres"], indirect=True)
-async def test_a_lost_feed_alone_refuses_nothing(places: Places) -> None:
+async def test_a_lost_feed_alone_refuses_nothing(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database answers: tokens are looked up there meanwhile."""
+    be_patient(monkeypatch)
     place = await places.open()
     await place.tokens.issue(token(1), 0, START)
     for _ in range(5):
