@@ -217,7 +217,10 @@ class TooManyAttempts(RetryLater):
     """Too many logins failed for this name, or from this network."""
 
     code = "too_many_attempts"
-    description = "Too many failed logins. Try again later."
+
+    def __init__(self, description: str | None = None, retry_after: int = 1) -> None:
+        seconds = f"{retry_after} second{'s' * (retry_after != 1)}"
+        super().__init__(description or f"Too many failed logins. Try again in {seconds}.", retry_after)
 
 
 class Overloaded(RetryLater):

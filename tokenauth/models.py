@@ -56,6 +56,14 @@ def is_scope(word: str) -> bool:
     return re.fullmatch(SCOPE_PATTERN, word) is not None
 
 
+def is_plain_scope(word: str) -> bool:
+    """Return whether a scope that no user has may be logged and shown: it is short and plain, like a mistyped name.
+
+    The length excludes tokens, halves of them, UUIDs, and most other secrets that someone sends by mistake.
+    """
+    return re.fullmatch(r"[A-Za-z][A-Za-z0-9._:/-]{0,29}", word) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The user a request is authenticated as.

@@ -118,15 +118,12 @@ class NamedTokens:
         return user
 
     def _checked_scopes(self, scopes: Sequence[str], user: User) -> tuple[str, ...]:
-        """Return the scopes, each once. Raises InvalidRequest or InsufficientScope.
-
-        The refusal names only scopes that some user has: any other text may be a secret.
-        """
+        """Return the scopes, each once. Raises InvalidRequest or InsufficientScope."""
         if not all(map(is_scope, scopes)):
             raise InvalidRequest("scopes: each must be a word of printable ASCII without quotes or backslashes.")
         lacking = [scope for scope in scopes if scope not in user.scopes]
         if lacking:
-            shown = " ".join({s if self._tokens.scope_exists(s) else "(unknown)": None for s in lacking})
+            shown = self._tokens.describe_scopes(lacking)
             noun, yours = "scopes" if " " in shown else "scope", " ".join(user.scopes) or "none"
             raise InsufficientScope(
                 description=f"You do not have the {noun} {shown}. Yours are: {yours}.", logged=shown

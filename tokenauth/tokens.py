@@ -12,7 +12,7 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenCursor, TokenKind, User
+from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenCursor, TokenKind, User, is_plain_scope
 from tokenauth.revocation_queue import RevocationQueue, logged_revocation
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -183,9 +183,15 @@ class Tokens:
         user = self._users[token.username].identity
         return user if token.scopes is None else user.limited_to(token.scopes)
 
-    def scope_exists(self, scope: str) -> bool:
-        """Return whether any user has this scope."""
-        return any(scope in user.scopes for user in self._users.values())
+    def describe_scopes(self, scopes: Iterable[str]) -> str:
+        """Return scopes that a client has sent, as they may be logged and shown, each once.
+
+        `(unknown)` stands for one that no user has and that is long or odd: it may be a secret.
+        """
+        return " ".join({scope if self._may_show(scope) else "(unknown)": None for scope in scopes})
+
+    def _may_show(self, scope: str) -> bool:
+        return is_plain_scope(scope) or any(scope in user.scopes for user in self._users.values())
 
     async def revoke(self, value: bytes) -> None:
         """Revoke a token; an unknown value is ignored. Once this returns, every worker refuses it.

@@ -4,6 +4,7 @@ import asyncio
 import sys
 
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
@@ -24,6 +25,7 @@ def _respond(scope: Scope, error: Exception) -> Response:
             route=route_path(scope),
             scope=getattr(error, "logged_scope", ""),
             reason=error.code,
+            problem=str(error) if isinstance(error, Forbidden) else "",
         )
     return error_response(error)
 
@@ -33,7 +35,14 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await WebSocketClose()(scope, receive, send)
     else:
-        raise NotFound
+        raise NotFound(NotFound.of_slash if _has_a_slash_too_many(scope) else None)
+
+
+def _has_a_slash_too_many(scope: Scope) -> bool:
+    """Return whether there is a route for the path without its last slash."""
+    path: str = scope["path"]
+    shorter = {**scope, "path": path[:-1]}
+    return path.endswith("/") and any(route.matches(shorter)[0] is not Match.NONE for route in scope["router"].routes)
 
 
 class ErrorMiddleware:

@@ -8,6 +8,7 @@ class NotFound(Refusal):
 
     code = "not_found"
     description = "There is nothing at this address."
+    of_slash = "There is nothing at this address. Send the request to the one without the slash at its end."
 
 
 class MethodNotAllowed(Refusal):
@@ -29,7 +30,7 @@ class BodyTooLarge(InvalidRequest):
 class UnsupportedMediaType(InvalidRequest):
     """The body has a Content-Type or Content-Encoding that the service does not read."""
 
-    description = "The body must be JSON in UTF-8: send Content-Type: application/json and no Content-Encoding."
+    description = "The Content-Type is not JSON in UTF-8. Send Content-Type: application/json."
 
 
 class ForeignOrigin(Refusal):
@@ -70,7 +71,10 @@ class InvalidScope(Refusal):
     """An OAuth client asked for a scope that it lacks (RFC 6749 section 5.2)."""
 
     code = "invalid_scope"
-    description = "The client does not have every scope that it asks for."
+
+    def __init__(self, lacking: str, available: str) -> None:
+        noun = "scopes" if " " in lacking else "scope"
+        super().__init__(f"The client does not have the {noun} {lacking}. It has: {available or 'none'}.")
 
 
 class UnsupportedGrantType(Refusal):

@@ -144,7 +144,7 @@ _REFUSALS: Mapping[type[errors.Refusal], tuple[errors.Refusal, str]] = {
     type(example): (example, text)
     for example, text in (
         (errors.InvalidRequest("The body is empty. Send a JSON object."), "The request is malformed."),
-        (exceptions.InvalidScope(), "The client does not have every scope that it asks for."),
+        (exceptions.InvalidScope("write", "read"), "The client does not have every scope that it asks for."),
         (exceptions.UnsupportedGrantType(), "The grant type is not supported."),
         (exceptions.InvalidClient(), "The name or secret of the client is missing or wrong."),
         (errors.TokenRequired(), "No token was sent."),
@@ -179,7 +179,7 @@ _REFUSALS: Mapping[type[errors.Refusal], tuple[errors.Refusal, str]] = {
         (errors.LeaseLost(), "The lease is over, or another one has replaced it. Stop using the token."),
         (exceptions.BodyTooLarge(), "The body is larger than 16 KiB."),
         (exceptions.UnsupportedMediaType(), "The body is not JSON in UTF-8."),
-        (errors.TooManyAttempts(), "Too many failed logins. Wait for `Retry-After` seconds."),
+        (errors.TooManyAttempts(retry_after=30), "Too many failed logins. Wait for `Retry-After` seconds."),
         (errors.Overloaded(), "The server is overloaded. Try again shortly."),
         (errors.StoreUnavailable(), "The database is unavailable. This says nothing about any token."),
         (exceptions.RetryableInternalError(), "An unexpected error. This says nothing about the token."),

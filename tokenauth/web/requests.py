@@ -3,7 +3,7 @@
 import base64
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from typing import TypeVar
@@ -183,14 +183,13 @@ class Request(requests.Request):
         """
         if empty is not None and not self.has_body:
             return empty
-        if empty is None and not self._is_json():
-            raise UnsupportedMediaType
+        if empty is None:
+            self._check_json()
         body, complete = await self._read()
         if empty is not None:
             if not body:
                 return empty
-            if not self._is_json():
-                raise UnsupportedMediaType
+            self._check_json()
         if not complete:
             raise BodyTooLarge
         if not body:
@@ -266,10 +265,11 @@ class Request(requests.Request):
             body += part
         return body[:MAX_BODY], len(body) <= MAX_BODY
 
-    def _is_json(self) -> bool:
-        """Return whether the body may be read as JSON. Programs may omit the Content-Type, but web pages may not.
+    def _check_json(self) -> None:
+        """Check that the headers allow to read the body as JSON. Programs may omit the Content-Type, web pages may not.
 
-        Browsers send a body without one to other origins with no preflight. Raises BodyTooLarge for a Content-Length.
+        Browsers send a body without one to other origins with no preflight. Raises UnsupportedMediaType, or
+        BodyTooLarge for a Content-Length.
         """
         says_json, from_page, encoded = None, False, False
         for name, value in self.scope["headers"]:
@@ -281,7 +281,14 @@ class Request(requests.Request):
                 from_page = True
             elif name == b"content-encoding":
                 encoded = True
-        return not encoded and (not from_page if says_json is None else says_json)
+        if encoded:
+            raise UnsupportedMediaType("The body has a Content-Encoding. Send it without one.")
+        if says_json is None and from_page:
+            raise UnsupportedMediaType(
+                "The Content-Type is missing. Web pages must send Content-Type: application/json."
+            )
+        if says_json is False:
+            raise UnsupportedMediaType
 
 
 def bearer(scope: Scope) -> bytes | None:
@@ -338,8 +345,13 @@ def query_pairs(query: bytes) -> Sequence[tuple[str, str]]:
 def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         text = body.decode()  # all of it: msgspec does not look into strings that it skips
-        if json_opens_more_than(MAX_NESTED, text):  # before a decoder recurses into it
-            raise InvalidRequest(f"The body is nested too deeply: it has more than {MAX_NESTED} arrays and objects.")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 (byte {error.start}).") from None
+    if text.startswith("\ufeff"):
+        raise InvalidRequest("The body begins with a byte order mark. Send UTF-8 without one.")
+    if json_opens_more_than(MAX_NESTED, text):  # before a decoder recurses into it
+        raise InvalidRequest(f"The body is nested too deeply: it has more than {MAX_NESTED} arrays and objects.")
+    try:
         try:
             found = decoder.decode(text)
         except msgspec.ValidationError:
@@ -347,9 +359,17 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         fields = found.__struct_fields__
         if "\\u" in text or any(text.count(f'"{field}"') > 1 for field in fields):  # "\u0061" is the key "a"
             json.loads(text, object_pairs_hook=partial(_refuse_duplicates, fields))
-    except (msgspec.DecodeError, ValueError):
-        raise InvalidRequest("The body is not JSON in UTF-8.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {_where(error)}.") from None
+    except ValueError:  # Python refuses to convert more than 4,300 digits
+        raise InvalidRequest("The body has a number that is too long.") from None
     return found
+
+
+def _where(error: msgspec.DecodeError) -> str:
+    """Return what is wrong with JSON, and at which byte. msgspec repeats nothing of it."""
+    problem = str(error).removeprefix("JSON is malformed: ")
+    return "it, or an escape sequence in it, is cut off" if problem == "Input data was truncated" else problem
 
 
 def _refuse_duplicates(fields: Collection[str], pairs: list[tuple[str, object]]) -> None:
@@ -395,9 +415,26 @@ def _explain(text: str, record: type[msgspec.Struct]) -> str:
         try:
             msgspec.json.decode(values[name], type=field.type)
         except msgspec.ValidationError as error:
-            problem = str(error)
-            return f"{name}: {problem[0].lower()}{problem[1:]}."
+            return f"{name}: {_in_json_terms(str(error))}."
     return "The body has a field twice."  # with a wrong value, and then with a right one
+
+
+_EXPECTED = {"str": "a string", "int": "a whole number", "float": "a number", "array": "an array"}
+_SENT = {**_EXPECTED, "int": "a number", "float": "a decimal number", "bool": "true or false", "object": "an object"}
+
+
+def _in_json_terms(problem: str) -> str:
+    """Return what msgspec says about a value in the words of JSON, such as "must be a string, not a number"."""
+    problem, in_array, _ = problem.partition(" - at ")
+    expected, sent, got = problem.partition(", got ")
+    words = _replace_types(expected, _EXPECTED).removesuffix(".0")
+    for old, new in (("Expected", "must be"), (">=", "of at least"), ("<=", "of at most"), ("Number", "the number is")):
+        words = words.replace(old, new)
+    return f"{'each ' * bool(in_array)}{words}{', not ' * bool(sent)}{_replace_types(got, _SENT)}"
+
+
+def _replace_types(text: str, names: Mapping[str, str]) -> str:
+    return re.sub("`([^`]+)`", lambda types: " or ".join(names.get(each, each) for each in types[1].split(" | ")), text)
 
 
 def _hint(name: str, known: Collection[str]) -> str:

@@ -64,7 +64,6 @@ STATUS: dict[type[errors.Refusal], int] = {
 
 DESCRIPTIONS: dict[type[errors.Refusal], str] = {
     errors.TokenRequired: "Send a token in the X-Token or the Authorization: Bearer header.",
-    errors.TooManyAttempts: "Too many failed logins. Wait for as many seconds as Retry-After says.",
 }
 """Descriptions that name a header, instead of those in tokenauth.errors."""
 

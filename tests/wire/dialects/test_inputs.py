@@ -121,10 +121,9 @@ def test_a_field_given_twice_is_refused(wire: Wire) -> None:
      {"Content-Type": "application/json; charset=latin-1"}, {**JSON, "Content-Encoding": "gzip"}],
 )  # fmt: skip
 def test_another_content_type_is_415(wire: Wire, headers: dict[str, str]) -> None:
+    named = next(reversed(headers))
     for method, path in ROUTES:
-        assert is_explained(
-            wire.ask(method, path, content=b'{"count": 1}', headers=headers), 415, "application/json"
-        ), path
+        assert is_explained(wire.ask(method, path, content=b'{"count": 1}', headers=headers), 415, named), path
 
 
 @pytest.mark.parametrize("value", WRONG)

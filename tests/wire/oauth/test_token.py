@@ -85,11 +85,23 @@ def test_a_client_without_scopes_gets_an_empty_scope(client: httpx.Client) -> No
 
 
 @pytest.mark.parametrize(
-    "scope", ["admin", "read admin", "READ", "rea", "read,write", "read\twrite", "*", "\u00e4", "openid"]
+    ("scope", "named"),
+    [
+        ("admin", "scope admin"),
+        ("read admin openid", "scopes admin openid"),
+        ("READ", "scope READ"),
+        ("read,write", "scope (unknown)"),
+        ("read\twrite", "scope (unknown)"),
+        ("*", "scope (unknown)"),
+        ("\u00e4", "scope (unknown)"),
+        ("x" * 64, "scope (unknown)"),
+    ],
 )
-def test_a_scope_that_the_client_lacks_is_refused(client: httpx.Client, scope: str) -> None:
+def test_a_scope_that_the_client_lacks_is_refused(client: httpx.Client, scope: str, named: str) -> None:
     before = len(my_tokens(client))
-    assert refusal(post(client, "token", ANN, **GRANT, scope=scope)) == (400, "invalid_scope")
+    answer = post(client, "token", ANN, **GRANT, scope=scope)
+    assert refusal(answer) == (400, "invalid_scope")
+    assert answer.json()["error_description"] == f"The client does not have the {named}. It has: read write."
     assert len(my_tokens(client)) == before + 1, "my_tokens fetches one itself"
 
 

@@ -27,6 +27,9 @@ REFUSED = [
     ("GET", "/auth?scope=read", "/auth", "read"),
     ("GET", "/auth?scope=write+read", "/auth", "read write"),
     ("GET", "/auth?scope=read+{token}", "/auth", ("(unknown) read", "read (unknown)")),
+    ("GET", "/auth?scope=Reports:read", "/auth", "Reports:read"),
+    ("GET", "/auth?scope=a-scope-of-thirty-one-letters-x", "/auth", "(unknown)"),
+    ("GET", "/auth?scope=7a-digit-in-front&scope=p$ssword", "/auth", "(unknown)"),
 ]
 
 
@@ -65,9 +68,14 @@ def test_a_denied_release_of_a_lease_is_logged(server: Server, client: httpx.Cli
 def test_an_invalid_forward_auth_query_is_logged(server: Server, client: httpx.Client) -> None:
     token = log_in(client, "bob", "bob-secret")
     before = len(server.events("access_denied"))
-    assert client.get(f"/auth?{token}={token}", headers={"X-Token": token}).status_code == 403
-    [event] = server.events("access_denied")[before:]
-    assert (event["user"], event["route"], event["scope"], event["reason"]) == ("bob", "/auth", "", "forbidden")
+    for query in (f"{token}={token}", "cookie&scope=read"):
+        answer = client.get(f"/auth?{query}", headers={"X-Token": token})
+        assert answer.status_code == 403
+        event = server.events("access_denied")[-1]
+        assert (event["user"], event["route"], event["scope"], event["reason"]) == ("bob", "/auth", "", "forbidden")
+        assert event["problem"] == answer.json()["error_description"]
+    assert event["problem"] == "The query has 'cookie': 'cookie' needs browser.url in the configuration."
+    assert len(server.events("access_denied")) == before + 2
     assert token not in server.log.read_text()
 
 

@@ -166,9 +166,9 @@ def test_without_scopes_it_has_all_of_the_user_s(client: httpx.Client, ann: Head
     [
         (["admin"], "admin"),
         (["read", "admin"], "admin"),
-        (["READ"], "(unknown)"),
-        (["nobody-has-this", "x" * 64], "(unknown)"),
-        (["nobody-has-this", "admin", "admin"], "(unknown) admin"),
+        (["READ"], "READ"),
+        (["x" * 31, "x" * 64], "(unknown)"),
+        (["nobody-has-this", "admin", "admin"], "nobody-has-this admin"),
     ],
 )
 def test_a_scope_that_the_user_lacks_is_refused(

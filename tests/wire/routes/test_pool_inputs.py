@@ -160,7 +160,8 @@ BODIES: dict[str, tuple[bytes, bytes, int, str]] = {
     "a form": (b"count=1", b"Content-Type: application/x-www-form-urlencoded\r\n", 415, "JSON"),
     "text": (b"{}", b"Content-Type: text/plain\r\n", 415, "JSON"),
     "another charset": (b"{}", b"Content-Type: application/json; charset=latin-1\r\n", 415, "UTF-8"),
-    "gzip": (b"{}", b"Content-Encoding: gzip\r\n", 415, "Content-Encoding"),
+    "gzip": (b"{}", b"Content-Encoding: gzip\r\n", 415, "has a Content-Encoding"),
+    "no content type from a page": (b"{}", b"Origin: https://app.example.com\r\n", 415, "Content-Type is missing"),
 }  # fmt: skip
 
 

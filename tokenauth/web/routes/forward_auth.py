@@ -127,10 +127,16 @@ class ForwardAuth(Endpoint):
         return (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
 
     def _log_denied(self, token: Token, refusal: Refusal) -> None:
-        """Log who may not pass. Only scopes that a user has are logged: the query is not trusted."""
-        lacking = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
-        named = " ".join(scope if self._tokens.scope_exists(scope) else "(unknown)" for scope in lacking)
-        log.warning("access_denied", user=token.username, route=PATH, scope=named, reason=refusal.code)
+        """Log who may not pass, and what is wrong with the query: the client may get a page of the proxy only."""
+        asked = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
+        log.warning(
+            "access_denied",
+            user=token.username,
+            route=PATH,
+            scope=self._tokens.describe_scopes(asked),
+            reason=refusal.code,
+            problem=str(refusal) if isinstance(refusal, Forbidden) else "",
+        )
 
 
 def _has_token(scope: Scope, x_token_only: bool) -> bool:

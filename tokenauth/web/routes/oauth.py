@@ -96,8 +96,9 @@ class OAuthRoutes:
         if grant_type != "client_credentials":
             raise UnsupportedGrantType
         scopes = tuple(dict.fromkeys(filter(None, form.get("scope", "").split(" "))))
-        if not set(scopes).issubset(user.scopes):
-            raise InvalidScope
+        lacking = [scope for scope in scopes if scope not in user.scopes]
+        if lacking:
+            raise InvalidScope(self._tokens.describe_scopes(lacking), " ".join(user.scopes))
         issued = await self._tokens.grant(
             user, request.client_address, request.user_agent, request.disconnect_check, scopes or None
         )
