@@ -23,6 +23,8 @@ from tokenauth.metrics import FAMILIES
 from tokenauth.settings import loader
 from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import MemberSettings, Settings
+from tokenauth.web.api_documentation import EVENTS, MY_TOKENS, THROTTLE, TOKEN
+from tokenauth.web.responses import STATUS
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
@@ -252,6 +254,20 @@ def test_each_log_event_has_a_row() -> None:
 def test_each_field_of_an_event_is_documented() -> None:
     documented = documented_events()
     assert {event: fields - documented[event] for event, fields in logged().items() if fields - documented[event]} == {}
+
+
+def test_each_error_code_is_in_a_document() -> None:
+    documents = "".join(path.read_text() for path in DOCUMENTS if path.parent.name == "docs")
+    assert [kind.__name__ for kind in STATUS if f"`{kind.code}`" not in documents] == []
+
+
+def test_each_route_of_http_is_in_its_first_table() -> None:
+    table = read("docs/http.md").partition("\n† needs")[0]
+    named = re.findall(r"`(?:(?:GET|POST|DELETE) )(/[^`]*)`", table)
+    for section in (TOKEN, MY_TOKENS, EVENTS, THROTTLE):
+        for operation in section.operations:
+            assert operation.path in named, operation.path
+            assert f"`{operation.method} {operation.path}`" in table, (operation.method, operation.path)
 
 
 def test_each_metric_has_a_row() -> None:

@@ -26,9 +26,37 @@ def bob(server: Server) -> str:
         return log_in(client, "bob", "bob-secret")
 
 
+def without_login_page(text: str) -> str:
+    """Change the addresses of /auth as the document says."""
+    with_scope = re.sub(r"/auth\?cookie(&login=redirect)?&scope", "/auth?scope", text)
+    return re.sub(r"/auth\?cookie(&login=redirect)?", "/auth", with_scope)
+
+
+def test_nginx_for_programs_needs_only_this_file(tmp_path: Path, server: Server, bob: str) -> None:
+    text = documented()["/etc/nginx/conf.d/programs.conf"]
+    with running("nginx", tmp_path / "nginx", server.port, {"/etc/nginx/conf.d/app.conf": text}) as proxy:
+        for headers in ([], [with_cookie(bob)]):
+            reply, arrived = proxy.ask("/", headers=headers)
+            assert (reply.status, reply.headers["WWW-Authenticate"], arrived) == (401, 'Bearer realm="tokenauth"', [])
+        reply, arrived = proxy.ask("/reports/x", bob)
+        assert (reply.status, arrived) == (403, [])
+        faked = [
+            ("X-Auth-User", "admin"),
+            ("X_Auth_User", "admin"),
+            ("Upgrade", "websocket"),
+            ("Connection", "Upgrade"),
+        ]
+        reply, [request] = proxy.ask("/x?y=z", bob, headers=faked, method="POST", body=b"body")
+        assert (reply.status, request.target, request.body) == (200, b"/x?y=z", b"body")
+        assert request.values("X-Auth-User") == [b"bob"]
+        assert [request.values(name) for name in ("X-Token", "X_Auth_User", "Upgrade")] == [[], [], []]
+        reply, arrived = proxy.ask("/x/..;/reports/", bob)
+        assert (reply.status, arrived) == (400, [])
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_programs_need_no_login_page(name: str, tmp_path: Path, server: Server, bob: str) -> None:
-    files = {path: re.sub(r"/auth\?cookie(&login=redirect)?&?", "/auth?", text) for path, text in documented().items()}
+    files = {path: without_login_page(text) for path, text in documented().items()}
     with running(name, tmp_path / name, server.port, files) as proxy:
         assert proxy.ask("/", headers=[with_cookie(bob)])[0].status == 401
         reply, arrived = proxy.ask("/reports/x", bob)

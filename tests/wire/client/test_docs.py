@@ -38,8 +38,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_other_snippets_are_from_the_examples() -> None:
-    assert len(SNIPPETS) == 8
-    assert [in_an_example(snippet) for snippet in SNIPPETS].count(False) == 5
+    assert len(SNIPPETS) == 7
+    assert [in_an_example(snippet) for snippet in SNIPPETS].count(False) == 6
 
 
 @pytest.mark.parametrize("text", [TEXT, *EXAMPLES], ids=["clients.md", "fastapi", "starlette"])
@@ -47,6 +47,23 @@ def test_each_uvicorn_command_chooses_h11(text: str) -> None:
     commands = re.findall(r"uvicorn (?:--http|examples\.).*", text)
     assert commands
     assert [command for command in commands if "--http h11" not in command] == []
+
+
+async def test_the_starlette_service_is_complete(server: Server) -> None:
+    app = run("async def greeting", server.url)["app"]
+    with server.client() as client:
+        tokens = {
+            name: log_in(client, name, password) for name, password in (("admin", "admin"), ("ann", "ann-secret"))
+        }
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as inside,
+    ):
+        assert [(await inside.get(path)).status_code for path in ("/greeting", "/healthz")] == [401, 200]
+        greeted = await inside.get("/greeting", headers={"X-Token": tokens["ann"]})
+        assert greeted.json() == {"hello": "ann"}
+        reports = [await inside.get("/report", headers={"X-Token": token}) for token in tokens.values()]
+        assert [report.status_code for report in reports] == [200, 403]
 
 
 async def test_the_fastapi_dependency_passes_the_user_on(server: Server) -> None:
@@ -59,6 +76,8 @@ async def test_the_fastapi_dependency_passes_the_user_on(server: Server) -> None
     ):
         assert (await inside.get("/orders")).status_code == 401
         assert (await inside.get("/orders", headers={"X-Token": token})).json() == {"for": "ann"}
+        schema = (await inside.get("/openapi.json")).json()
+    assert schema["paths"]["/orders"]["get"]["security"] == [{"APIKeyHeader": []}], "/docs has the button"
 
 
 async def test_cors_outside_answers_preflight_and_marks_401() -> None:
