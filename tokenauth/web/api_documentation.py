@@ -161,7 +161,8 @@ TOKEN = Section(
             path="/api/token",
             id="logIn",
             title="Log in",
-            text="Returns a new token for a user name and a password.",
+            text="Returns a new token for a user name and a password. To try it, write your own: `admin` with the"
+            " password `admin` exists in the shipped `config.toml` only.",
             body=token.LogInRequest,
             example={"username": "admin", "password": "admin"},
             answers=[
@@ -368,7 +369,7 @@ MY_TOKENS = Section(
                 method="DELETE",
                 path="/api/tokens",
                 id="revokeMyTokens",
-                title="Revoke all my tokens",
+                title="End all my logins",
                 text="Ends all logins of the user, or with `kind` their named tokens, or both. With `keep=current`, the"
                 " token that is sent stays valid.",
                 parameters=[

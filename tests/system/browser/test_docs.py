@@ -93,6 +93,12 @@ def test_the_page_opens_at_the_group_of_the_login(visit: Visit) -> None:
     expect(visit.page.locator(_HEADING).first).to_contain_text("Log in")
 
 
+def test_no_lock_is_closed_before_a_login(visit: Visit) -> None:
+    locks = visit.page.locator(".opblock-summary .authorization__btn")
+    assert locks.count() >= 3
+    expect(visit.page.locator(".opblock-summary .authorization__btn.unlocked")).to_have_count(locks.count())
+
+
 @pytest.mark.faults  # slow: tests/wire/openapi/test_examples.py sends the same examples without a browser
 def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     """Follows the text at the top of the page: log in with the example, and enter the token."""

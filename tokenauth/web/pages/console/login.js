@@ -62,7 +62,7 @@ export function LogIn({ entered, note }) {
       </form>
     </details>
     <p class="soft small">
-      ${page ? "Without the login page, this" : "This"} login ends when you close or reload this page: it is kept nowhere.
+      ${page ? "Without the login page, this" : "This"} login is kept in this page only. Closing or reloading the page forgets it. To end it, log out.
     </p>
   </main>`;
 }

@@ -45,8 +45,8 @@ export function count(number, one, many = `${one}s`) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
 
-/** What is said of a token of which no use is known: it may have been used all the same. */
-export const NO_USE = "not noted yet (at most once an hour)";
+/** What is said of a token of which no use is known: those of its first hour are not noted. */
+export const NO_USE = "never or only at first";
 
 const BROWSERS = [
   ["Edg/", "Edge"],
