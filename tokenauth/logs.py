@@ -147,6 +147,8 @@ class _TerminalRenderer(structlog.dev.ConsoleRenderer):
     def __call__(self, logger: Any, name: str, event: structlog.typing.EventDict) -> str:
         if event["event"] in _MISTAKES:
             return f"Error: {event['detail']}"
+        if event.get("scopes", ()) is None:  # of a named token: "None" reads like none
+            event["scopes"] = "(all)"
         return super().__call__(logger, name, event)
 
 
@@ -334,7 +336,7 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     terminal = on_terminal()
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+        structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S%z" if terminal else "iso", utc=not terminal),
     ]
     renderer: structlog.typing.Processor = (
         _TerminalRenderer(pad_event_to=0, pad_level=False)

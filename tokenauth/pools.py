@@ -619,7 +619,7 @@ class Pools:
         held = token.free_at - (token.leased_at or token.free_at)
         self.counters[pool.name].lapsed += 1
         self.counters[pool.name].seconds_held += held
-        log.info("lease_lapsed", **_shown(pool, token), held=round(held, 3))
+        log.info("lease_lapsed", **_shown(pool, token), held=round(held, 3), ended_at=int(token.free_at))
 
     def _note_release(self, pool: Pool, now: Instant, token: PoolToken) -> None:
         """Count and log a release."""

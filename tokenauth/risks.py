@@ -14,6 +14,7 @@ from tokenauth.errors import ConfigError
 from tokenauth.logs import log
 from tokenauth.models import User
 from tokenauth.passwords import Cost, Passwords, how_to_renew
+from tokenauth.settings import loader
 from tokenauth.settings.dialects import PasswordDialectSettings
 from tokenauth.settings.model import Settings
 from tokenauth.stores.open import find_exposed_files
@@ -45,7 +46,8 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             weak.append(user.username)
     risks = []
     if shipped:
-        text = f"{_names(shipped)} has the password that tokenauth ships with; {_fix(users, shipped)}"
+        fix = _INIT if _is_shipped(path) else _fix(users, shipped)
+        text = f"{_names(shipped)} has the password that tokenauth ships with; {fix}"
         risks.append(Risk("shipped_password", text))
     if weak:
         text = f"the password hash of {_names(weak)} is cheaper to guess than [passwords] asks for; {_fix(users, weak)}"
@@ -134,7 +136,8 @@ def _file_risks(config: Settings, path: Path | None) -> Iterator[Risk]:
     found = [one for one in (path, other) if one is not None and one.is_file()]  # not a pipe, which others cannot open
     for file in found:
         if file.stat().st_mode & stat.S_IROTH:
-            text = f"{file} contains password hashes, and all users of this machine can read it; run `chmod o-r {file}`"
+            fix = f"{_INIT}, which only you can read" if _is_shipped(file) else f"run `chmod o-r {file}`"
+            text = f"{file} contains password hashes, and all users of this machine can read it; {fix}"
             yield Risk("readable_config", text)
     for place in dict.fromkeys(place for file in found for place in _writable(file)):
         text = f"others can write to {place}, and so add users to the configuration; run `chmod go-w {place}`"
@@ -189,6 +192,14 @@ def log_and_check(config: Settings, risks: Sequence[Risk]) -> None:
     for risk in risks:
         log.warning("configuration_risk", risk=risk.name, detail=risk.text)
     check_accepted(config, risks)
+
+
+_INIT = "run `.venv/bin/tokenauth init`: it writes a configuration of your own"
+
+
+def _is_shipped(path: Path | None) -> bool:
+    """Return whether a file is the config.toml of a checkout in the working directory. It stays as it is shipped."""
+    return path is not None and path.absolute() == loader.SHIPPED.absolute() and Path(".venv/bin/tokenauth").exists()
 
 
 def _fix(users: Mapping[str, User], names: list[str]) -> str:

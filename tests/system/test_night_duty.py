@@ -98,7 +98,7 @@ def test_a_leaked_token_is_found_and_ended(server: Server) -> None:
             {"NAME": "ann", "TOKEN": other, "tokens revoke --id ID": f"tokens revoke --id {id}", "ID": replaced},
         )
         looked, scanned, again, acts = first
-        assert all(part in looked for part in ("ann", "nightly", "127.0.0.1", "not noted", "last use"))
+        assert all(part in looked for part in ("ann", "nightly", "127.0.0.1", "never or only at first", "last use"))
         assert "revoked" in scanned
         assert again == "No live tokens.\n"
         assert "login ok, by ann" in acts
@@ -156,7 +156,7 @@ def test_a_stuck_lease_is_ended_and_its_device_kept(server: Server) -> None:
         assert client.post("/api/pools/phones/leases", json=asked, headers=headers).status_code == 201
         before, reserved, _, after = follow(server, "A lease is stuck")
         assert "job 7" in before
-        assert "ann (holder job 7) still has it. The lease ends in 59m" in reserved
+        assert "ann (holder job 7) still has it. The lease ends in 1h" in reserved
         assert "repair" in after
         assert "job 7" not in after
         assert client.post("/api/pools/phones/leases", json=asked, headers=headers).status_code == 409

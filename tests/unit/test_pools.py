@@ -185,6 +185,7 @@ async def test_a_lapse_is_logged_where_its_token_is_deleted(pools: Pools, clock:
     """To generate tokens deletes those that have expired."""
     (value,) = await pools.generate(POOL, 1)
     await pools.assign(POOL, "job", "ann")
+    granted_at = clock.now
     clock.now += 60 if operation == "delete" else 300
     with structlog.testing.capture_logs() as logs:
         if operation == "delete":
@@ -193,8 +194,8 @@ async def test_a_lapse_is_logged_where_its_token_is_deleted(pools: Pools, clock:
             await pools.generate(POOL, 5)
         while await pools.note_lapsed(POOL, clock.now, 10):
             pass
-    shown = [(event["event"], event["user"], event["fence"], event["held"]) for event in logs]
-    assert shown == [("lease_lapsed", "ann", 1, 60.0)]
+    shown = [(event["event"], event["user"], event["fence"], event["held"], event["ended_at"]) for event in logs]
+    assert shown == [("lease_lapsed", "ann", 1, 60.0, granted_at + 60)]
     assert pools.counters[POOL.name].lapsed == 1
 
 

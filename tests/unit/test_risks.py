@@ -235,6 +235,26 @@ def test_a_dialect_with_its_published_password_is_a_risk(passwords: Passwords, m
     assert names(loader.parse(f'{PERMITS}{more}\npassword = "change-me-not"', {}), passwords) == []
 
 
+def test_the_shipped_file_stays_as_it_is(passwords: Passwords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout, the fix is a file of one's own. Elsewhere, config.toml is an operator's file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text(shipped())
+    for path, fix in (
+        (".venv/bin/tokenauth", "run `.venv/bin/tokenauth init`"),
+        ("", "run `tokenauth user passwd admin`"),
+    ):
+        if path:
+            (tmp_path / path).parent.mkdir(parents=True)
+            (tmp_path / path).touch()
+        else:
+            (tmp_path / ".venv/bin/tokenauth").unlink()
+        found = {
+            risk.name: risk.text for risk in find_risks(loader.parse(shipped(), {}), passwords, Path("config.toml"))
+        }
+        assert fix in found["shipped_password"]
+        assert ("init`" in found["readable_config"]) == bool(path)
+
+
 def test_accepting_open_dialects_accepts_no_other_risk(passwords: Passwords) -> None:
     text = shipped_with_dialects().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
     text = text.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import io
+import math
 import os
 import shlex
 import shutil
@@ -312,15 +313,16 @@ def print_json(document: object) -> None:
 
 
 def relative(instant: float | None, now: float) -> str:
-    """Return "2h ago", "in 90d", or "" for None."""
+    """Return "2h ago", "in 90d", or "" for None. It is rounded as `fromNow` of the console rounds it."""
     if instant is None:
         return ""
-    seconds = int(abs(instant - now))
-    unit, size = next(((unit, size) for unit, size in _UNITS if seconds >= 2 * size), ("s", 1))
-    return f"in {seconds // size}{unit}" if instant > now else f"{seconds // size}{unit} ago"
+    seconds = abs(instant - now)
+    rounded = ((int(seconds / size + 0.5), unit, limit) for unit, size, limit in _UNITS)
+    number, unit = next((number, unit) for number, unit, limit in rounded if number < limit)
+    return f"in {number}{unit}" if instant > now else f"{number}{unit} ago"
 
 
-_UNITS = (("d", 86400), ("h", 3600), ("m", 60))
+_UNITS = (("s", 1, 60), ("m", 60, 60), ("h", 3600, 24), ("d", 86400, math.inf))
 
 
 def _cell(content: object) -> str:
