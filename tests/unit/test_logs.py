@@ -212,3 +212,18 @@ def test_no_letter_of_a_value_controls_a_terminal(terminal: bool) -> None:
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # our own colors
     assert text.count("\n") == 12
     assert [letter for letter in text if not letter.isprintable() and letter != "\n"] == []
+
+
+def test_a_terminal_shows_date_zone_and_all_scopes() -> None:
+    script = "from tokenauth import logs; logs.configure(); logs.log.info('named_token_issued', scopes=None)"
+    reading, writing = os.openpty()
+    with subprocess.Popen([sys.executable, "-c", script], stderr=writing):
+        os.close(writing)
+        written = b""
+        with suppress(OSError):
+            while part := os.read(reading, 1 << 16):
+                written += part
+    os.close(reading)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", written.decode())
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} ", text)
+    assert text.endswith("named_token_issued scopes=(all)\r\n")
