@@ -96,7 +96,7 @@ def test_the_page_opens_at_the_group_of_the_login(visit: Visit) -> None:
 def test_no_lock_is_closed_before_a_login(visit: Visit) -> None:
     locks = visit.page.locator(".opblock-summary .authorization__btn")
     assert locks.count() >= 3
-    expect(visit.page.locator(".opblock-summary .authorization__btn.unlocked")).to_have_count(locks.count())
+    expect(visit.page.locator(".opblock-summary .authorization__btn .unlocked")).to_have_count(locks.count())
 
 
 @pytest.mark.faults  # slow: tests/wire/openapi/test_examples.py sends the same examples without a browser

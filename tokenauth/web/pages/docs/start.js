@@ -3,7 +3,7 @@ const openLocks = () => ({
   statePlugins: {
     auth: {
       wrapSelectors: {
-        isAuthorized: (original) => (state, ways) => original(ways.filter((way) => way.size > 0)),
+        isAuthorized: (original) => (state, ways) => original(ways?.filter((way) => way.size > 0)),
       },
     },
   },
