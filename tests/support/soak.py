@@ -1,8 +1,8 @@
 """A mixed load for a long time, with samples of what must stay flat: memory, descriptors, files and latencies."""
 
-import asyncio
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from tests.support.connections import Closed, Connection, NoAnswer
+from bench import world
+from tests.support.connections import Closed, Connection, NoAnswer, takes_connections
+from tests.support.journal import until
 from tests.support.main_process import workers_of
 from tests.support.pool_users import PoolUser
-from tests.support.servers import Server
+from tests.support.ports import free_port
+from tests.support.servers import Server, spawn
 
 SETTINGS = """
 [tokens]
@@ -32,6 +36,9 @@ lease_ttl = "10m"
 """Tokens expire after ten minutes, so that their number is steady soon."""
 
 MIX = {"hot": 70, "random": 20, "lease": 5, "login": 3, "log-out": 2}
+WRITES = {"lease", "login", "log-out"}
+LEAST = {0.5: 25, 0.99: 300}
+"""How many requests of a kind a window must have for each quantile. So leases, logins and log-outs have no p99."""
 CLIENTS = 4
 USE = 60.0
 """Seconds for which a token is used: much less than it lives."""
@@ -51,7 +58,27 @@ class Sample:
     wal: int
     """Size of the write-ahead log, in bytes."""
     latencies: Mapping[str, Sequence[float]]
-    """Seconds per request, by kind; `echo` is a server that does nothing, for comparison."""
+    """Seconds per request, by kind, and of the references: `bare` is a request to a server that does nothing, and
+    `sync` writes 4 KiB to the disk of the database."""
+    cpu: float
+    """CPU seconds per request of all processes."""
+    bare_cpu: float
+    """CPU seconds per request of the bare server."""
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """CPU time per request as a multiple of the bare server's; None if a window is too short to measure that."""
+        if self.bare_cpu * len(self.latencies.get("bare", ())) < 0.05:  # the system counts in hundredths of a second
+            return None
+        return self.cpu / self.bare_cpu
+
+    def ratio(self, kind: str, share: float, least: int = 1) -> float | None:
+        """Return a quantile of a kind of request as a multiple of its reference's; None if a window has too few."""
+        references = ["bare", *(["sync"] if kind in WRITES else [])]
+        taken, *compared = ([*self.latencies.get(each, ())] for each in (kind, *references))
+        if min(map(len, (taken, *compared))) < least:
+            return None
+        return quantile(taken, share) / sum(quantile(each, share) for each in compared)
 
     def __str__(self) -> str:
         times = ", ".join(
@@ -59,9 +86,16 @@ class Sample:
             for kind, taken in sorted(self.latencies.items())
             if taken
         )
+        ratios = {
+            f"{kind} p{share * 100:.0f}": self.ratio(kind, share, least)
+            for kind in MIX
+            for share, least in LEAST.items()
+        }
+        compared = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio is not None)
         return (
             f"{self.seconds:6.0f} s  {self.memory / 1024:6.1f} MiB  {self.descriptors} descriptors"
-            f"  log {self.wal / 2**20:.1f} MiB  p50/p99 in ms: {times}"
+            f"  log {self.wal / 2**20:.1f} MiB  CPU {self.cpu * 1e6:.0f} us, bare {self.bare_cpu * 1e6:.0f} us"
+            f"  p50/p99 in ms: {times}  ratios: {compared}"
         )
 
 
@@ -88,9 +122,15 @@ class Soak:
         self._lock = threading.Lock()
         self._taken: dict[str, list[float]] = defaultdict(list)
         self._last_pause = self._suspended = 0.0
-        with echo() as port, ThreadPoolExecutor(CLIENTS + 2) as threads:
+        directory = self.wal.parent
+        with (
+            bare(directory) as self._bare,
+            (directory / "reference").open("wb", buffering=0) as self._reference,
+            ThreadPoolExecutor(CLIENTS + 1) as threads,
+        ):
+            self._used = self._cpu_used()
             running = [threads.submit(self._client, number) for number in range(CLIENTS)]
-            running += [threads.submit(self._watch_for_pauses), threads.submit(self._echo, port)]
+            running.append(threads.submit(self._watch_for_pauses))
             try:
                 began = time.monotonic()
                 elapsed = 0.0
@@ -110,7 +150,16 @@ class Soak:
         descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
         with self._lock:
             taken, self._taken = self._taken, defaultdict(list)
-        return Sample(seconds, memory, descriptors, self.wal.stat().st_size, taken)
+        used = self._cpu_used()
+        cpu, requests, bare, bare_requests = (now - before for now, before in zip(used, self._used, strict=True))
+        self._used = used
+        wal = self.wal.stat().st_size
+        return Sample(seconds, memory, descriptors, wal, taken, cpu / max(requests, 1), bare / max(bare_requests, 1))
+
+    def _cpu_used(self) -> tuple[float, int, float, int]:
+        """Return the CPU seconds of the server and the requests that it has answered, and those of the bare one."""
+        server, bare = (world.cpu_seconds_of_tree(str(one.process.pid)) for one in (self.server, self._bare))
+        return server, sum(self.counts[kind] for kind in MIX), bare, self.counts["bare"]
 
     def _watch_for_pauses(self) -> None:
         while not self._over.is_set():
@@ -135,16 +184,27 @@ class Soak:
         elif self._last_pause < began:
             self.counts["slower than a pause"] += 1
 
+    @contextmanager
+    def _compared(self, kind: str, bare: Connection, chance: random.Random) -> Iterator[None]:
+        """Note how long something takes, and its reference just before or after it."""
+        first = chance.random() < 0.5
+        if first:
+            self._refer(kind, bare)
+        with self._timed(kind):
+            yield
+        if not first:
+            self._refer(kind, bare)
+
+    def _refer(self, kind: str, bare: Connection) -> None:
+        with self._timed("bare"):
+            bare.ask("GET", "/")
+        if kind in WRITES:
+            with self._timed("sync"):
+                os.pwrite(self._reference.fileno(), os.urandom(4096), 0)
+                os.fdatasync(self._reference.fileno())
+
     def _pace(self, chance: random.Random) -> None:
         self._over.wait(chance.expovariate(self.rate / CLIENTS))
-
-    def _echo(self, port: int) -> None:
-        chance = random.Random("echo")
-        with Connection(port) as connection:
-            while not self._over.is_set():
-                with self._timed("echo"):
-                    connection.ask("GET", "/")
-                self._pace(chance)
 
     def _client(self, number: int) -> None:
         """Run sessions. The first ends only if the machine was suspended, which can make a commit take too long."""
@@ -166,6 +226,7 @@ class Soak:
         dead: list[str] = []
         with ExitStack() as stack:
             connection = stack.enter_context(Connection(self.server.port))
+            bare = stack.enter_context(Connection(self._bare.port))
             user = PoolUser(connection)
             logged_in = time.monotonic()
             while not self._over.is_set():
@@ -175,89 +236,69 @@ class Soak:
                 live = {token: since for token, since in live.items() if now - since < USE}
                 match chance.choices(kinds, weights)[0]:
                     case "login":
-                        with self._timed("login"):
+                        with self._compared("login", bare, chance):
                             live[connection.log_in()] = now
                     case "log-out" if live:
                         token = chance.choice(list(live))
-                        with self._timed("log-out"):
+                        with self._compared("log-out", bare, chance):
                             connection.log_out(token)
                         del live[token]
                         dead = [*dead[-20:], token]
                     case "lease":
-                        with self._timed("lease"):
+                        with self._compared("lease", bare, chance):
                             lease = user.assign("permits", f"client {number}")
-                        with self._timed("lease"):
+                        with self._compared("lease", bare, chance):
                             kept = user.keep_alive("permits", lease.token)
                         assert kept[0] == 200, kept
-                        with self._timed("lease"):
+                        with self._compared("lease", bare, chance):
                             freed = user.release("permits", lease.token)
                         assert freed == (204, None), freed
                     case "random" if live or dead:
                         token = chance.choice([*live, *dead])
-                        with self._timed("random"):
+                        with self._compared("random", bare, chance):
                             valid = connection.valid(token)
                         assert valid is (token in live)
                     case _:
-                        with self._timed("hot"):
+                        with self._compared("hot", bare, chance):
                             valid = connection.valid(user.token)
                         assert valid
                 self._pace(chance)
 
 
 @contextmanager
-def echo() -> Iterator[int]:
-    """Run a server that gives one fixed answer to each request, in a thread, and yield its port."""
-    started: list[int] = []
-    ready, loop = threading.Event(), asyncio.new_event_loop()
+def bare(directory: Path) -> Iterator[Server]:
+    """Run a server that does nothing, with the HTTP server of tokenauth, and also in a session of its own.
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        except asyncio.IncompleteReadError:
-            writer.close()
-
-    async def run() -> None:
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            started.append(server.sockets[0].getsockname()[1])
-            ready.set()
-            await stopping.wait()
-
-    stopping = asyncio.Event()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
-    thread.start()
-    ready.wait()
-    try:
-        yield started[0]
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join()
-        loop.close()
+    Linux gives each session the same share of the cores.
+    """
+    port = free_port()
+    with spawn([sys.executable, "-m", "bench.bare", str(port)], directory, cwd=world.ROOT) as server:
+        server.port = port
+        until(lambda: takes_connections(port), "the bare server listens")
+        yield server
 
 
 def check_flat(samples: Sequence[Sample]) -> None:
-    """Compare the last quarter with the second: the first is the warm-up."""
+    """Compare the last quarter with the second: the first is the warm-up.
+
+    A window's times count as multiples of the reference's in the same window, and a quarter's are the median of its
+    windows'. So a machine that is busy, always or for some windows, is no growth.
+    """
     quarter = len(samples) // 4
     early, late = samples[quarter : 2 * quarter], samples[-quarter:]
 
-    def typical(part: Sequence[Sample], measure: Callable[[Sample], float]) -> float:
-        return median(map(measure, part))
+    def typical(measure: Callable[[Sample], float | None]) -> list[float]:
+        found = [[each for each in map(measure, part) if each is not None] for part in (early, late)]
+        return list(map(median, found)) if all(found) else [1, 1]
 
-    def times(part: Sequence[Sample], kind: str) -> list[float]:
-        return [seconds for sample in part for seconds in sample.latencies.get(kind, ())]
-
-    memory = [typical(part, lambda sample: sample.memory) for part in (early, late)]
+    memory = typical(lambda sample: sample.memory)
     assert memory[1] < memory[0] * 1.05 + 2048, f"memory grows: {memory} KiB"
-    descriptors = [typical(part, lambda sample: sample.descriptors) for part in (early, late)]
+    descriptors = typical(lambda sample: sample.descriptors)
     assert descriptors[1] <= descriptors[0] + 2, f"descriptors grow: {descriptors}"
     assert max(sample.wal for sample in late) < 8 << 20, "the write-ahead log grows"
+    cpu = typical(lambda sample: sample.cpu_ratio)
+    assert cpu[1] < 1.3 * cpu[0], f"requests take more CPU: {cpu} times the bare server"
     for kind in MIX:
-        for share, least in ((0.5, 100), (0.99, 2000)):
-            ratios = []
-            for part in (early, late):
-                taken, compared = (times(part, each) for each in (kind, "echo"))
-                if min(len(taken), len(compared)) >= least:  # the echo is slower, too, when the machine is busy
-                    ratios.append(quantile(taken, share) / quantile(compared, share))
-            if len(ratios) == 2:
-                assert ratios[1] < 2 * ratios[0], f"{kind} gets slower ({share}): {ratios} times the echo"
+        for share, least in LEAST.items():
+            ratios = typical(partial(Sample.ratio, kind=kind, share=share, least=least))
+            assert ratios[1] < 1.5 * ratios[0], f"{kind} gets slower ({share}): {ratios} times the reference"

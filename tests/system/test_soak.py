@@ -15,14 +15,15 @@ pytestmark = pytest.mark.extended
 def test_a_mixed_load_gets_right_answers_and_stays_flat(tmp_path: Path) -> None:
     with serving(write_config(tmp_path, SETTINGS), "--workers", "2") as server:
         until(lambda: len(server.events("started")) == 2, "both workers serve")
-        soak = Soak(server, tmp_path / "tokenauth.db-wal", rate=150, window=0.25)
+        soak = Soak(server, tmp_path / "tokenauth.db-wal", rate=150, window=0.1)
         soak.run(3, lambda _: None)
         assert {event["level"] for event in server.events()} == {"info"}
     assert min(soak.counts[kind] for kind in MIX) > 0
     check_flat(soak.samples)
 
 
-FLAT = Sample(0, memory=100_000, descriptors=50, wal=0, latencies={"hot": [0.001] * 1000, "echo": [0.0005] * 1000})
+TIMES = {"hot": [0.001] * 1000, "bare": [0.0005] * 1000, "login": [0.003] * 50, "sync": [0.001] * 50}
+FLAT = Sample(0, memory=100_000, descriptors=50, wal=0, latencies=TIMES, cpu=0.0003, bare_cpu=0.0001)
 
 
 @pytest.mark.parametrize(
@@ -31,12 +32,21 @@ FLAT = Sample(0, memory=100_000, descriptors=50, wal=0, latencies={"hot": [0.001
         (replace(FLAT, memory=110_000), "memory grows"),
         (replace(FLAT, descriptors=60), "descriptors grow"),
         (replace(FLAT, wal=10 << 20), "log grows"),
-        (replace(FLAT, latencies={"hot": [0.003] * 1000, "echo": [0.0005] * 1000}), "hot gets slower"),
-        (replace(FLAT, latencies={"hot": [0.001] * 980 + [0.01] * 20, "echo": [0.0005] * 1000}), "hot gets slower"),
+        (replace(FLAT, cpu=0.0005), "more CPU"),
+        (replace(FLAT, latencies={**TIMES, "hot": [0.002] * 1000}), "hot gets slower"),
+        (replace(FLAT, latencies={**TIMES, "hot": [0.001] * 980 + [0.01] * 20}), "hot gets slower"),
+        (replace(FLAT, latencies={**TIMES, "login": [0.006] * 50}), "login gets slower"),
     ],
-    ids=["memory", "descriptors", "log", "median", "p99"],
+    ids=["memory", "descriptors", "log", "cpu", "median", "p99", "write"],
 )
 def test_the_soak_notices_what_grows(grown: Sample, said: str) -> None:
     check_flat([FLAT] * 16)
     with pytest.raises(AssertionError, match=said):
         check_flat([FLAT] * 12 + [grown] * 4)
+
+
+def test_a_machine_that_gets_busy_is_no_growth() -> None:
+    slower = {kind: [3 * seconds for seconds in taken] for kind, taken in TIMES.items()}
+    busy = replace(FLAT, latencies=slower, cpu=2 * FLAT.cpu, bare_cpu=2 * FLAT.bare_cpu)
+    interrupted = replace(FLAT, latencies={**TIMES, "hot": [0.01] * 1000})
+    check_flat([FLAT] * 12 + [busy, busy, busy, interrupted])
