@@ -53,8 +53,8 @@ from tokenauth.status import WorkerStatus
 START_FAILED = 3
 """The exit code when the first start fails."""
 
-_MAX_WAIT = 1.0
-"""Maximum seconds that the main process waits for an event."""
+_STARTING_TIME = 1.0
+"""Seconds to stop for a worker that does not serve yet. Then it is killed."""
 
 _TIMEOUT = 60
 """Heartbeats without a report after which a worker is killed, and heartbeats after which a reload is aborted."""
@@ -379,7 +379,7 @@ class Supervisor:
                 selector.register(self._signals, selectors.EVENT_READ)
                 selector.select(_MIN_DELAY)
         now = time.monotonic()
-        due = min([now + _MAX_WAIT, *(slot.due for slot in self._vacant())])
+        due = min([now + HEARTBEAT, *(slot.due for slot in self._vacant())])
         self._ready = self._selector.select(max(0.0, due - now))
 
     def _vacant(self) -> list[_Slot]:
@@ -841,7 +841,7 @@ class Supervisor:
         if not worker.reported:
             worker.kill()
             return
-        worker.kill_at = time.monotonic() + (GRACE + _CLOSE_TIME if worker.ready else _MAX_WAIT)
+        worker.kill_at = time.monotonic() + (GRACE + _CLOSE_TIME if worker.ready else _STARTING_TIME)
         self._send([worker], Stop(replaced=not self._stopping))
 
     def _kill_overdue(self) -> None:

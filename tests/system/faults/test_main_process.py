@@ -100,7 +100,7 @@ def test_sigterm_during_a_reload_ends_it_within_the_grace(tmp_path: Path) -> Non
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
     with serving(write_config(tmp_path)) as server:
         os.kill(workers_of(server)[0], signal.SIGSTOP)
-        until(lambda: len(server.events("started")) == 2, "it was replaced", 90)
+        until(lambda: len(server.events("started")) == 2, "it was replaced", 240)
         assert "sent no report" in server.events("worker_replaced")[0]["reason"]
         with Connection(server.port) as connection:
             assert connection.ask("GET", "/healthz").status == 200
