@@ -83,12 +83,17 @@ def fill(config: Path, count: int) -> None:
     os.sync()  # now, not during a measurement
 
 
+def credentials_of(config: Path) -> Sequence[str]:
+    """Return the fingerprints of the password hashes of the users, which tokens have."""
+    users = loader.load(config).users_by_name
+    return [users[f"user{number}"].credential for number in range(USERS)]
+
+
 def token_rows(
     config: Path, count: int, since: float, distance: float = 0, first: int = 0
 ) -> Iterator[tuple[bytes, str, str, float, int, str, str]]:
     """Make the rows of logins of the users in turn, in the order of their issue; `distance`: seconds between two."""
-    users = loader.load(config).users_by_name
-    credentials = [users[f"user{number}"].credential for number in range(USERS)]
+    credentials = credentials_of(config)
     for number in range(first, first + count):
         at, user = since + (number - first) * distance, number % USERS
         origin = (f"10.0.{number % 256}.{number % 199}", f"Browser/{number % 40}")

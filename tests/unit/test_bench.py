@@ -121,6 +121,9 @@ def test_databases_to_grow_have_live_tokens_and_the_schema(tmp_path: Path) -> No
     with closing(sqlite3.connect(world.database(config))) as db:
         (indexes,) = db.execute("SELECT count(*) FROM sqlite_master WHERE name LIKE 'tokens\\_by\\_%' ESCAPE '\\'")
         assert indexes == (len(tokens.indexes),)
+        query = "SELECT digest, username, credential, address, user_agent FROM tokens ORDER BY number"
+        made = db.execute(query).fetchall()
+    assert made == [(*row[:3], *row[5:]) for row in world.token_rows(config, 1000, since=0)]
     assert databases.count_expired(config) == 0
     databases.expire(config, 10)
     assert databases.count_expired(config) == 10
