@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from tests.support.connections import Connection
 from tests.support.servers import Server, spawn
+from tests.support.skipping import skip_without
 
 _WORKER = """
 import pathlib, sys, time
@@ -21,7 +22,18 @@ time.time_ns = lambda: int(time.time() * 1e9)
 from tests.support.worker import main
 main()
 """
-"""libfaketime would also disturb how long threads wait for each other."""
+"""A worker whose Python sees another time. So leaps can be tested also where libfaketime is not installed."""
+
+_LIBRARY_WORKER = """
+import sys, threading, time
+time.sleep = lambda seconds: threading.Event().wait(seconds)
+del sys.argv[-1]
+from tests.support.worker import main
+main()
+"""
+"""A worker under libfaketime, which refuses the system call with which Python sleeps (0.9.10: EINVAL)."""
+
+_LIBRARIES = "*/faketime/libfaketimeMT.so.1"
 
 ROUNDING = 2.5
 """Seconds that a token may live longer than its ttl: expiry times are whole seconds, and a probe takes time."""
@@ -43,7 +55,7 @@ class Leaps:
 
     def _write(self) -> None:
         new = self.path.with_suffix(".new")
-        new.write_text(str(self._shift))
+        new.write_text(f"{self._shift:+d}")
         new.replace(self.path)
 
     def leap(self) -> None:
@@ -67,11 +79,29 @@ class Leaps:
 
 
 @contextmanager
-def leaping(config: Path, leaps: Leaps) -> Iterator[Server]:
-    """Run a worker with this clock."""
-    with spawn([sys.executable, "-c", _WORKER, str(config), "-", str(leaps.path)], config.parent) as server:
+def leaping(config: Path, leaps: Leaps, library: Path | None = None) -> Iterator[Server]:
+    """Run a worker with this clock. With libfaketime, its C libraries see that clock, too."""
+    program, env = _WORKER, dict[str, str]()
+    if library is not None:
+        program = _LIBRARY_WORKER
+        env = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(leaps.path),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+    with spawn([sys.executable, "-c", program, str(config), "-", str(leaps.path)], config.parent, env) as server:
         server.port = server.wait("test_worker_ready")["port"]
         yield server
+
+
+def libfaketime() -> Path:
+    """Return the path of the library, where Debian has it."""
+    found = next(Path("/usr/lib").glob(_LIBRARIES), None)
+    if found is None:
+        skip_without("libfaketime", "apt-get install faketime")
+    return found
 
 
 class Observer(threading.Thread):

@@ -85,7 +85,7 @@ def survive_reloads(directory: Path, count: int, clients: int = 4) -> None:
         finally:
             for client in crowd:
                 client.stopping.set()
-        assert server.errors() == []
+        assert server.errors() == [], server.errors()
     leave(crowd, directory)
 
 
@@ -105,7 +105,7 @@ def survive_restarts(directory: Path, count: int, clients: int = 4) -> None:
                 before = answered(crowd)
                 until(lambda: answered(crowd) > before + clients, "the clients are busy")  # noqa: B023
                 assert server.stop() == 0
-                assert server.errors() == []
+                assert server.errors() == [], server.errors()
                 server.log.unlink()
     finally:
         for client in crowd:

@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 from threading import Event
 
-from tests.support.leaps import Leaps, Observer, leaping
+from tests.support.leaps import Leaps, Observer, leaping, libfaketime
 from tests.support.length import scaled
 from tests.support.postgres import Cluster
 from tests.support.races import POOLS, Race
@@ -18,10 +18,10 @@ LEAPS = scaled(200, 30)
 SETTINGS = f"{POOLS % {'lease_ttl': LEASE_TTL}}\n[tokens]\nttl = '3650d'\nper_user = 0\n"
 
 
-def under_leaps(config: Path, also: Callable[[float], object]) -> None:
+def under_leaps(config: Path, also: Callable[[float], object], library: Path | None = None) -> None:
     """Let the clock leap under load. No token lives longer than its ttl, and no token is leased twice."""
     leaps, over, chance = Leaps(config.with_name("clock"), LEASE_TTL, 1, also), Event(), Random(1)
-    with leaping(config, leaps) as one, leaping(config, leaps) as other:
+    with leaping(config, leaps, library) as one, leaping(config, leaps, library) as other:
         ports = [one.port, other.port]
         race = Race(ports, leaps, LEASE_TTL, 1, outages=True)
         observers = [Observer(ports, TOKEN_TTL) for _ in range(3)]
@@ -53,6 +53,10 @@ def under_leaps(config: Path, also: Callable[[float], object]) -> None:
 
 def test_leaps_lengthen_no_token_and_double_no_lease(tmp_path: Path) -> None:
     under_leaps(write_config(tmp_path, SETTINGS), lambda _: None)
+
+
+def test_leaps_by_libfaketime_lengthen_no_token(tmp_path: Path) -> None:
+    under_leaps(write_config(tmp_path, SETTINGS), lambda _: None, libfaketime())
 
 
 def test_leaps_of_postgresql_lengthen_no_token(tmp_path: Path, postgres: Cluster) -> None:
