@@ -301,4 +301,5 @@ def check_flat(samples: Sequence[Sample]) -> None:
     for kind in MIX:
         for share, least in LEAST.items():
             ratios = typical(partial(Sample.ratio, kind=kind, share=share, least=least))
-            assert ratios[1] < 1.5 * ratios[0], f"{kind} gets slower ({share}): {ratios} times the reference"
+            bound = 1.3 if share == 0.5 and kind not in WRITES else 1.7
+            assert ratios[1] < bound * ratios[0], f"{kind} gets slower ({share}): {ratios} times the reference"

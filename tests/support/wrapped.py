@@ -52,13 +52,13 @@ class Wrapped:
     def err(self) -> str:
         return (self.directory / "err").read_text()
 
-    def expect(self, text: str) -> None:
+    def expect(self, text: str, seconds: float = 60) -> None:
         """Wait until the command has written a text."""
-        until(lambda: text in self.out, f"the command writes {text!r}")
+        until(lambda: text in self.out, f"the command writes {text!r}", seconds)
 
-    def command(self) -> int:
+    def command(self, seconds: float = 60) -> int:
         """Wait until the command has written its process ID in its first line, and return it."""
-        self.expect("\n")
+        self.expect("\n", seconds)
         return int(self.out.partition("\n")[0])
 
     def wait(self) -> int:

@@ -19,6 +19,8 @@ from tests.support.wrapped import Wrapped, Wrapper, ended, wrapping
 
 POOL = "[pools.permit]\ncapacity = 1\nprefill = true\nlease_ttl = 2"
 FAULTS = ("none", "cut", "freeze", "stop", "kill", "term")
+WAIT = 600
+"""Seconds that a client waits for the runs of the others."""
 TURNS = 12
 """Number of runs of each client: each fault twice."""
 
@@ -47,9 +49,9 @@ class Client(threading.Thread):
     def run(self) -> None:
         for fault in self._random.sample(FAULTS * (TURNS // len(FAULTS)), TURNS):
             manner = self._random.choice(["stubborn", "gentle"])
-            run = self._wrap("--pool", "permit", "--wait", "10m", "--kill-after", "0.3s", "--",
+            run = self._wrap("--pool", "permit", "--wait", f"{WAIT}s", "--kill-after", "0.3s", "--",
                              "sh", "-c", JOB, "job", str(self._lock), manner)  # fmt: skip
-            command = run.command()
+            command = run.command(WAIT)
             self._disturb(fault, run)
             until(lambda: ended(command), f"the job ends after {fault}")  # noqa: B023
             self._network.heal()
