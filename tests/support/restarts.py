@@ -68,6 +68,10 @@ def leave(clients: Sequence[Returning], directory: Path) -> None:
 
 
 def answered(clients: Sequence[Returning]) -> int:
+    """Return the number of tokens that were issued. Raises the error of a client that failed."""
+    for client in clients:
+        if client.error is not None:
+            raise client.error
     return sum(len(client._journal.issued) for client in clients)
 
 
