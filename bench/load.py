@@ -82,6 +82,8 @@ def _finish(kind: str, running: "subprocess.Popen[str]", seconds: int) -> Result
     if match is None:
         raise RuntimeError(f"{kind}: wrk printed: {output.strip()}")
     requests, microseconds, p99, errors, overloaded = map(int, match.groups())
-    if errors or not requests:
+    if not requests:
+        raise RuntimeError(f"{kind}: no request was answered")
+    if errors:
         raise RuntimeError(f"{kind}: {errors} of {requests} requests failed or got an unexpected response")
     return Result(requests, microseconds / 1e6, p99 / 1000, overloaded)

@@ -236,7 +236,7 @@ def run_queue(
             assert all_can_be_leased(line, tokens[0]), f"a token of {pool} is out of use"
             assert len(line.lost) <= faults * clients
         for server in workers.servers:
-            assert server.errors() == []
+            assert server.errors() == [], server.errors()
     return lines
 
 
