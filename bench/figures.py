@@ -127,7 +127,10 @@ def measure(figure: Figure, rounds: int, deadline: float, directory: Path) -> Ro
         log_progress(f"{figure.name}: {problem}")
     if len(samples) < rounds:
         problem = f"{len(samples)} of {rounds} rounds: {problem or 'the time was up (--minutes)'}"
-    return Row(figure, samples, problem)
+    row = Row(figure, samples, problem)
+    if row.measured is not None:  # now, in case that the benchmark does not get to its end
+        log_progress(f"{figure.name}: {figure.show(row.measured)}; {row.note}")
+    return row
 
 
 _began = time.monotonic()
