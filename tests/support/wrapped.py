@@ -52,13 +52,13 @@ class Wrapped:
     def err(self) -> str:
         return (self.directory / "err").read_text()
 
-    def expect(self, text: str, seconds: float = 60) -> None:
+    def expect(self, text: str) -> None:
         """Wait until the command has written a text."""
-        until(lambda: text in self.out, f"the command writes {text!r}", seconds)
+        until(lambda: text in self.out, f"the command writes {text!r}")
 
-    def command(self, seconds: float = 60) -> int:
+    def command(self) -> int:
         """Wait until the command has written its process ID in its first line, and return it."""
-        self.expect("\n", seconds)
+        self.expect("\n")
         return int(self.out.partition("\n")[0])
 
     def wait(self) -> int:
