@@ -1,7 +1,7 @@
 """A worker like those of `tokenauth serve`, with a clock in a file: `python -m tests.support.worker CONFIG CLOCK`.
 
 A variable EVENTS has times of `tokenauth.event_streams` to use instead of its own, as JSON; AUTOCHECKPOINT the pages of
-the write-ahead log after which it is copied into the database.
+the write-ahead log after which it is copied into the database. With PATIENT it waits long for a busy database.
 """
 
 import json
@@ -35,12 +35,23 @@ class Worker(AcceptingServer):
         log.info("test_worker_ready", port=listener.getsockname()[1])
 
 
+def _be_patient() -> None:
+    """Imports what other workers do not need."""
+    import pytest  # noqa: PLC0415
+
+    from tests.support.patience import be_patient  # noqa: PLC0415
+
+    be_patient(pytest.MonkeyPatch())
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     config_file, clock_file = sys.argv[1:]
     vars(event_streams).update(json.loads(os.environ.get("EVENTS", "{}")))
     if "AUTOCHECKPOINT" in os.environ:
         writer._PRAGMAS = (*writer._PRAGMAS, f"wal_autocheckpoint = {os.environ['AUTOCHECKPOINT']}")  # type: ignore[assignment]
+    if "PATIENT" in os.environ:
+        _be_patient()
     logs.configure(direct=True)  # tests read the log right after an answer
     settings = loader.load(Path(config_file))
     if clock_file == "-":

@@ -19,6 +19,10 @@ _SHADOW = (
 )
 
 
+PATIENT = {"PATIENT": "1"}
+"""The environment of workers that wait long for a busy database: a refusal would say nothing about clocks."""
+
+
 class ShiftedDatabase:
     """A database with the schema, whose `clock_timestamp()` is shifted by some seconds.
 
@@ -46,7 +50,8 @@ def skewed(config: Path, seconds: int) -> Iterator[Server]:
     log.touch()
     command = ["skewed", str(config), str(seconds)]
     streams = [Path(os.devnull), log, log]
-    server = Server(Forked("tests.system.postgres.skewed", command, config.parent, streams, os.environ), log)
+    environment = {**os.environ, **PATIENT}
+    server = Server(Forked("tests.system.postgres.skewed", command, config.parent, streams, environment), log)
     try:
         server.port = server.wait("test_worker_ready")["port"]
         yield server

@@ -12,7 +12,7 @@ from tests.support.journal import until
 from tests.support.pool_users import PoolUser, refusal
 from tests.support.postgres import Cluster
 from tests.support.servers import Server, worker
-from tests.system.postgres.clocks import ShiftedDatabase, skewed
+from tests.system.postgres.clocks import PATIENT, ShiftedDatabase, skewed
 from tests.system.postgres.nodes import fetch, fresh, nodes, write_config_for
 from tokenauth.models import LeaseCheck, Pool
 
@@ -97,7 +97,7 @@ def _latest(moved: ShiftedDatabase) -> float:
 def test_after_a_clock_is_set_back_the_oldest_login_ends(moved: ShiftedDatabase, tmp_path: Path) -> None:
     """The new login must not evict itself, since its answer is a success."""
     config = write_config_for(moved.url, tmp_path, "[tokens]\nper_user = 2")
-    with worker(config) as running, Connection(running.port) as connection:
+    with worker(config, env=PATIENT) as running, Connection(running.port) as connection:
         tokens = [connection.log_in() for _ in range(2)]
         moved.move(-HOUR)
         for _ in range(3):
@@ -142,7 +142,7 @@ def test_a_clock_set_back_revives_and_shortens_nothing(
         until(lambda: not each.valid(early.token), "both nodes see the end")  # noqa: B023
     late = [PoolUser(each) for each in connections]
     moved.move(-2 * TOKEN_TTL)
-    with worker(config) as started, Connection(started.port) as later:
+    with worker(config, env=PATIENT) as started, Connection(started.port) as later:
         users = [*late, PoolUser(later)]
         for each in (*connections, later):
             assert not each.valid(early.token), "must stay expired"
