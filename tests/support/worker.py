@@ -36,7 +36,7 @@ class Worker(AcceptingServer):
 
 
 def _be_patient() -> None:
-    """Imports what other workers do not need."""
+    """Import what other workers do not need, and use it."""
     import pytest  # noqa: PLC0415
 
     from tests.support.patience import be_patient  # noqa: PLC0415
