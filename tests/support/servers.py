@@ -265,14 +265,19 @@ def exchange(port: int, request: bytes, timeout: float = 30) -> tuple[int, dict[
     """Send raw bytes and read one answer: status, headers (lower case), body."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         connection.sendall(request)
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += _more(connection, data)
-        head, _, body = data.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        while len(body) < int(headers.get("content-length", 0)):
-            body += _more(connection, data)
+        return read_answer(connection)
+
+
+def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Read one answer: status, headers (lower case), body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _more(connection, data)
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    while len(body) < int(headers.get("content-length", 0)):
+        body += _more(connection, data)
     match = re.match(r"HTTP/1\.1 (\d+)", first)
     assert match is not None, first
     return int(match[1]), headers, body

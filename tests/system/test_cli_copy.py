@@ -45,7 +45,7 @@ async def test_a_killed_copy_goes_on(tmp_path: Path, database: str, rows: int, g
     await population.create(first)
     await population.write(first, population.generate(4, rows))
     for source, target in pairwise(urls):
-        kills, delay = 0, 0.15
+        kills, delay = 0, 0.05
         while not await is_copied(tmp_path, source, target, delay):
             kills, delay = kills + 1, delay * growth
         assert kills > 0
