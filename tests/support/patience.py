@@ -4,6 +4,7 @@ import pytest
 
 from tokenauth.stores import circuit_breaker
 from tokenauth.stores.postgres import connections
+from tokenauth.stores.sqlite import reader_threads
 
 LONG = 60.0
 
@@ -13,6 +14,7 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (circuit_breaker, connections):
         monkeypatch.setattr(module, "TIMEOUT", LONG)
     monkeypatch.setattr(circuit_breaker, "PROBE_TIMEOUT", LONG)
+    monkeypatch.setattr(reader_threads, "_WAIT", LONG)
     monkeypatch.setattr(connections, "CONNECT_TIMEOUT", LONG)
     for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
         monkeypatch.setitem(connections._SETTINGS, setting, f"{LONG:g}s")
