@@ -211,7 +211,10 @@ class LoginQueue:
         if turn.slot and self._slots <= 0:
             return False
         running = self._running
-        return all(running.get(key, 0) < limit for key, limit in turn.limits.items())
+        for key, limit in turn.limits.items():  # noqa: SIM110 - in half of the time of `all`
+            if running.get(key, 0) >= limit:
+                return False
+        return True
 
     def _start(self, turn: Turn) -> None:
         turn.running = True
@@ -304,7 +307,8 @@ class LoginQueue:
     def _next(self) -> Turn | None:
         strangers_first = self._known_in_a_row >= STRANGER_SHARE - 1
         for known in (not strangers_first, strangers_first):
-            for line in self._waiting[known].lines():
+            waiting = self._waiting[known]
+            for line in waiting.lines() if waiting.size else ():  # mostly nobody waits
                 while line and self._can_start(line[0]):
                     if not self._drop_if_disconnected(line[0]):
                         return line[0]

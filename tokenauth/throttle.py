@@ -42,7 +42,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from operator import itemgetter
 from typing import NamedTuple
 
 from tokenauth.addresses import location, network, region
@@ -95,6 +94,11 @@ class _Keys(NamedTuple):
     network: bytes
     region: bytes
 
+    @property
+    def first(self) -> Sequence[bytes]:
+        """The keys that are read first. For most attempts they are all that is needed."""
+        return self.known, self.location_streak, self.location, self.name, self.region
+
 
 class _Bucket(NamedTuple):
     """A leaky bucket of failures. What is stored is the instant at which it will be empty."""
@@ -124,35 +128,29 @@ class _Wait(NamedTuple):
 
 
 _NO_WAIT = _Wait(0.0)
-_seconds = itemgetter(0)
 
 
 class _State(NamedTuple):
-    """The history of one name at one address."""
+    """The history of one name at one address, and what it still allows."""
 
     keys: _Keys
-    known_until: Instant
-    known: bool
-    failures: int
+    known_until: Instant = 0.0
+    known: bool = True
+    failures: int = 0
     """Failures in a row of the name at the location."""
+    wait: _Wait = _NO_WAIT
+    allowed: Mapping[bytes, float] = {}
+    """How many more failures each key allows."""
 
 
-class _Delays(NamedTuple):
-    """What the store has about names that are tried together: for each its delay, and the failures still allowed."""
+def _longest(states: Sequence[_State]) -> _State:
+    """Return the one of several names that delays an attempt longest.
 
-    states: Sequence[_State]
-    waits: Sequence[_Wait]
-    remaining: Sequence[Mapping[bytes, float]]
-    now: Instant
-    all_strangers: bool
-
-    def longest(self) -> tuple[_Wait, _State]:
-        """Return the delay of an attempt, and the name that it is for.
-
-        If one of the names is a known user, only the failures of that user at this location delay the attempt.
-        """
-        pairs = zip(self.waits, self.states, strict=True)
-        return max((pair for pair in pairs if self.all_strangers or pair[1].known), key=_seconds)
+    If one of the names is a known user, only the failures of that user at this location delay the attempt.
+    """
+    if len(states) == 1:
+        return states[0]
+    return max([state for state in states if state.known] or states, key=lambda state: state.wait.seconds)
 
 
 @dataclass(slots=True)
@@ -233,7 +231,7 @@ class Throttle:
         except RetryLater:
             if compared:
                 with suppress(RetryLater):
-                    await self._count_failure([_State(each, 0.0, True, 0) for each in keys])
+                    await self._count_failure([_State(each) for each in keys])
             raise
         finally:
             if turn is not None:
@@ -324,8 +322,8 @@ class Throttle:
             now = self._clock()
             wait = max(_bucket_wait(bucket, bucket.remaining(found, now)) for bucket in buckets)
         else:
-            delays = await self._read([_keys(listed.user or "", listed.address)])
-            wait, now = delays.longest()[0], delays.now
+            [state], now = await self._read([_keys(listed.user or "", listed.address)])
+            wait = state.wait
         return listed._replace(failures=wait.failures, until=now + wait.seconds) if wait.seconds > 0 else None
 
     def _note(self, keys: _Keys, wait: _Wait, now: Instant) -> None:
@@ -351,29 +349,23 @@ class Throttle:
 
         Raises TooManyAttempts.
         """
-        delays = await self._read(names)
-        longest, state = delays.longest()
-        if longest.seconds > 0:
+        found, now = await self._read(names)
+        slowest = _longest(found)
+        if slowest.wait.seconds > 0:
             self.refusals += 1
-            self._note(state.keys, longest, delays.now)
-            raise TooManyAttempts(retry_after=math.ceil(longest.seconds))
-        states, limits = [], {}
-        for state, wait, remaining in zip(delays.states, delays.waits, delays.remaining, strict=True):
-            if wait.seconds <= 0:  # other names that would still have to wait are not tried
-                states.append(state)
-                for key, number in remaining.items():
-                    limits[key] = max(1, int(number) // self._workers)
+            self._note(slowest.keys, slowest.wait, now)
+            raise TooManyAttempts(retry_after=math.ceil(slowest.wait.seconds))
+        states = [state for state in found if state.wait.seconds <= 0]  # others would still have to wait
+        limits = {
+            key: max(1, int(number) // self._workers) for state in states for key, number in state.allowed.items()
+        }
         return states, limits
 
-    async def _read(self, names: Sequence[_Keys]) -> _Delays:
-        """Read what has failed under these names, and how long each has to wait."""
-        wanted = [
-            key for keys in names for key in (keys.known, keys.location_streak, keys.location, keys.name, keys.region)
-        ]
-        found = await self._store.failures.get(wanted)
+    async def _read(self, names: Sequence[_Keys]) -> tuple[Sequence[_State], Instant]:
+        """Read what has failed under names that are tried together, and when that was."""
+        found = await self._store.failures.get([key for keys in names for key in keys.first])
         now = self._clock()
-        states = [self._state(keys, found, now) for keys in names]
-        strangers = [state.keys for state in states if not state.known]
+        strangers = [keys for keys in names if found.get(keys.known, _NO_FAILURES).last_at <= now]
         # Each failure of a stranger counts for the region: if the region has none, its networks have none either.
         more = [
             key
@@ -384,36 +376,25 @@ class Throttle:
         if more:
             found = {**found, **await self._store.failures.get(more)}
             now = self._clock()
-        all_strangers = len(strangers) == len(states)
-        waits, remaining = [], []
-        for state in states:
-            wait, allowed = self._assess(state, all_strangers, found, now)
-            waits.append(wait)
-            remaining.append(allowed)
-        return _Delays(states, waits, remaining, now, all_strangers)
+        all_strangers = len(strangers) == len(names)
+        return [self._assess(keys, keys in strangers, all_strangers, found, now) for keys in names], now
 
     def _assess(
-        self, state: _State, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant
-    ) -> tuple[_Wait, Mapping[bytes, float]]:
-        """Return the longest of the delays of a name, and how many failures each of its keys still allows."""
-        key, waits = _streak_key(state), [_NO_WAIT]
-        streak = found.get(key)
-        count = self._streak_length(streak, now)
-        remaining: dict[bytes, float] = {key: self._settings.free - count}
-        if streak is not None and count:
-            waits.append(_Wait(streak.last_at + self._delay(count) - now, key, count))
-        for bucket in self._limiting_buckets(state, all_strangers):
-            remaining[bucket.key] = left = bucket.remaining(found, now)
-            waits.append(_bucket_wait(bucket, left))
-        return max(waits, key=_seconds), remaining
-
-    def _limiting_buckets(self, state: _State, all_strangers: bool) -> Iterable[_Bucket]:
-        shared = [] if state.known else self._refundable_buckets([state.keys], all_strangers)
-        return [self._location_bucket(state.keys), *shared]
-
-    def _state(self, keys: _Keys, found: Mapping[bytes, Failures], now: Instant) -> _State:
-        known_until = found.get(keys.known, _NO_FAILURES).last_at
-        return _State(keys, known_until, known_until > now, self._streak_length(found.get(keys.location_streak), now))
+        self, keys: _Keys, stranger: bool, all_strangers: bool, found: Mapping[bytes, Failures], now: Instant
+    ) -> _State:
+        """Return the history of a name, the longest of its delays, and how many failures each of its keys allows."""
+        key, wait = keys.network_streak if stranger else keys.location_streak, _NO_WAIT
+        failures = self._streak_length(found.get(keys.location_streak), now)
+        count = self._streak_length(found.get(key), now) if stranger else failures
+        allowed: dict[bytes, float] = {key: self._settings.free - count}
+        if count:
+            wait = _Wait(max(0.0, found[key].last_at + self._delay(count) - now), key, count)
+        shared = self._refundable_buckets([keys], all_strangers) if stranger else ()
+        for bucket in (self._location_bucket(keys), *shared):
+            allowed[bucket.key] = left = bucket.remaining(found, now)
+            if left < 1:
+                wait = max(wait, _bucket_wait(bucket, left))
+        return _State(keys, found.get(keys.known, _NO_FAILURES).last_at, not stranger, failures, wait, allowed)
 
     def _streak_length(self, failures: Failures | None, now: Instant) -> int:
         """Return the number of failures in a row that are not forgotten yet."""
@@ -467,7 +448,7 @@ class Throttle:
     async def _count_success(self, states: Sequence[_State], which: int) -> None:
         """Refund the failures of the name that logged in, and save that it is known at the location."""
         now = self._clock()
-        keys, known_until, known, failures = states[which]
+        keys, known_until, known, failures, *_ = states[which]
         self._permits.pop(keys.location_streak, None)
         self._permits[keys.location_streak] = now
         while len(self._permits) > _MAX_PERMITS:
@@ -508,10 +489,6 @@ def _keys(name: str, address: str) -> _Keys:
 
 def _bucket_wait(bucket: _Bucket, remaining: float) -> _Wait:
     return _Wait((1 - remaining) * bucket.drain_time - _ROUNDING, bucket.key, math.ceil(bucket.capacity - remaining))
-
-
-def _streak_key(state: _State) -> bytes:
-    return state.keys.location_streak if state.known else state.keys.network_streak
 
 
 def _group(states: Sequence[_State]) -> bytes:
