@@ -900,10 +900,11 @@ def shown_page() -> str:
 
 
 @pytest.fixture
-def documented(tabs: BrowserContext, sites: Sites, server: Server, clock: HandClock) -> Iterator[Page]:
+def documented(
+    tabs: BrowserContext, sites: Sites, server: Server, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Page]:
     """Open the page of docs/javascript.md as it is, with the URL of this service."""
-    before = sites.one.page
-    sites.one.page = shown_page().replace("http://localhost:8000", server.url)
+    monkeypatch.setattr(sites.one, "page", shown_page().replace("http://localhost:8000", server.url))
     tabs.clock.set_system_time(clock())
     page = tabs.new_page()
     problems: list[str] = []
@@ -911,7 +912,6 @@ def documented(tabs: BrowserContext, sites: Sites, server: Server, clock: HandCl
     page.goto(sites.listed["by_address"])
     yield page
     page.close()
-    sites.one.page = before
     assert problems == []
 
 
@@ -940,3 +940,16 @@ def test_the_documented_page_works(documented: Page, client: httpx.Client, clock
     page.clock.fast_forward(24 * 3600 * 1000)
     expect(alert).to_have_text("Your login has expired.")
     expect(page.locator("main")).to_be_hidden()
+
+
+def test_the_documented_page_waits_for_the_module(
+    tabs: BrowserContext, sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the module, the browser itself would send the form, and put the password into the address."""
+    monkeypatch.setattr(sites.one, "page", shown_page().replace("http://localhost:8000", "http://127.0.0.1:1"))
+    page = tabs.new_page()
+    page.goto(sites.listed["by_address"])
+    expect(page.get_by_role("status")).to_have_text("The login service has not answered yet.")
+    expect(page.locator("form")).to_be_hidden()
+    expect(page.locator("form")).to_have_attribute("method", "post")
+    page.close()
