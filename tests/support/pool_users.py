@@ -53,6 +53,10 @@ class PoolUser:
         self._connection = connection
         self.token = connection.log_in(username, PASSWORDS[username])
 
+    def count_logins(self) -> int:
+        """Return how many live tokens the user has."""
+        return len(self._connection.ask("GET", "/api/tokens", X_Token=self.token).json()["tokens"])
+
     def ask(self, method: str, path: str = "", document: object = None) -> Answer:
         """Send a request below /api/pools, and check that the response is not cacheable."""
         answer = self._connection.ask(method, f"/api/pools{path}", document, X_Token=self.token)

@@ -116,6 +116,18 @@ def test_the_command_gets_the_lease_but_no_login(wrap: Wrapper, admin: PoolUser)
     assert (lease["user"], lease["holder"]) == ("ann", "ci-7")
 
 
+def test_the_login_ends_with_the_run(wrap: Wrapper, server: Server) -> None:
+    with Connection(server.port) as connection:
+        ann = PoolUser(connection, "ann")
+        before = ann.count_logins()
+        run = wrap("--pool", "long", "--", "sh", "-c", "echo started; sleep 1000")
+        run.expect("started")
+        assert ann.count_logins() == before + 1
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+        assert ann.count_logins() == before
+
+
 def test_labels_choose_the_member(wrap: Wrapper) -> None:
     run = wrap("--pool", "phones", "--label", "arm", "--label", "ios", "sh", "-c", "echo $TOKENAUTH_LEASE_MEMBER")
     assert run.wait() == 0

@@ -177,7 +177,8 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
     try:
         if token:
             return AsyncPoolClient(url, headers={"X-Token": token})
-        return AsyncPoolClient(url, auth=TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"]))
+        auth = TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"])
+        return AsyncPoolClient(url, auth=auth, log_out=True)
     except ValueError as error:
         raise _WrongUsage(str(error)) from None
 

@@ -47,6 +47,9 @@ class TokenAuth(httpx.Auth):
     `InvalidCredentials`, `TooManyAttempts` or `IssuerUnavailable` of `tokenauth.errors`. A request waits for the login
     of another no longer than for its own response, and then raises `IssuerUnavailable`.
 
+    A login that is not ended lives until it expires, and a user has only so many: the oldest gives way to a new one. A
+    program that ends within that time ends its login with `client.delete("https://auth.example.com/api/token")`.
+
     **Parameters:**
 
     * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
@@ -84,6 +87,12 @@ class TokenAuth(httpx.Auth):
 
     def __repr__(self) -> str:
         return f"TokenAuth({str(self._url)!r}, {self._username!r})"
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether there is a login that has not expired, as far as is known."""
+        with self._lock:
+            return self._login is not None and self._clock() < self._login.expiry_time
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Send one request; called by httpx.Client."""

@@ -15,6 +15,7 @@ import httpx
 
 from tokenauth import errors
 from tokenauth.client import issuer, redaction
+from tokenauth.client.auth import TokenAuth
 from tokenauth.client.lease import ClientLease, RequestArguments, Terms
 from tokenauth.clock import Clock, boottime
 
@@ -23,6 +24,8 @@ redaction.install()
 SyncLease = ClientLease[threading.Event]
 AsyncLease = ClientLease[asyncio.Event]
 OnWait = Callable[[int, int], object]
+
+_LOG_OUT: RequestArguments = {"method": "DELETE", "url": "/api/token", "timeout": 2}
 
 
 class _ExpiringEvent:
@@ -62,7 +65,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
 
     ```python
     auth = TokenAuth("https://auth.example.com", "ci", "the-password-of-ci")
-    with PoolClient("https://auth.example.com", auth=auth) as pools:
+    with PoolClient("https://auth.example.com", auth=auth, log_out=True) as pools:
         with pools.lease("gpu", wait=60) as lease:
             while not lease.lost.is_set():
                 train_one_batch(fence=lease.fence)
@@ -73,18 +76,23 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
     * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
     * **timeout** - Seconds that each request may take.
     * **monotonic** - The clock that leases are timed by. It must never go back.
+    * **log_out** - Whether `close` ends the login of `auth`, a `TokenAuth` that no other client uses.
     * **options** - Further arguments of `httpx.Client`, such as `auth`, `headers` or `verify`.
     """
 
-    def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, log_out: bool = False, **options: Any
+    ) -> None:
         self._http = httpx.Client(base_url=issuer.base_url(url), timeout=timeout, **options)
-        self._timeout, self._monotonic = timeout, monotonic
+        self._timeout, self._monotonic, self._logs_out = timeout, monotonic, log_out
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the connections. Leases that are still live are no longer kept alive."""
+        if self._logs_out and _logged_in(self._http.auth):
+            self._try(_LOG_OUT)
         self._http.close()
 
     @contextlib.contextmanager
@@ -184,7 +192,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
 
     ```python
     auth = TokenAuth("https://auth.example.com", "ci", "the-password-of-ci")
-    async with AsyncPoolClient("https://auth.example.com", auth=auth) as pools:
+    async with AsyncPoolClient("https://auth.example.com", auth=auth, log_out=True) as pools:
         async with pools.lease("gpu", wait=60) as lease:
             await train(fence=lease.fence)
     ```
@@ -193,9 +201,11 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
     an `asyncio.Event`.
     """
 
-    def __init__(self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, **options: Any) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, log_out: bool = False, **options: Any
+    ) -> None:
         self._http = httpx.AsyncClient(base_url=issuer.base_url(url), timeout=timeout, **options)
-        self._timeout, self._monotonic = timeout, monotonic
+        self._timeout, self._monotonic, self._logs_out = timeout, monotonic, log_out
         self._working: set[asyncio.Task[None]] = set()
 
     async def __aexit__(self, *_: object) -> None:
@@ -205,6 +215,8 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
         """Wait until tokens that are being released are released, and close the connections."""
         if self._working:
             await asyncio.wait(self._working)
+        if self._logs_out and _logged_in(self._http.auth):
+            await self._try(_LOG_OUT)
         await self._http.aclose()
 
     @contextlib.asynccontextmanager
@@ -302,3 +314,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
         with contextlib.suppress(Exception):
             return None if arguments is None else await self._http.request(**arguments)
         return None
+
+
+def _logged_in(auth: httpx.Auth | None) -> bool:
+    return isinstance(auth, TokenAuth) and auth.logged_in

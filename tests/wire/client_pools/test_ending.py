@@ -12,10 +12,11 @@ import pytest
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.servers import HandClock, Server, log_in, worker, write_config
-from tests.wire.client_pools.clients import Client, Connect, Watch
+from tests.wire.client_pools.clients import KINDS, Client, Connect, Watch, connecting
 from tests.wire.client_pools.conftest import MANY, TTL
 from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
+from tokenauth.client.auth import TokenAuth
 from tokenauth.client.pools import AsyncPoolClient, PoolClient
 
 
@@ -88,6 +89,27 @@ def test_ctrl_c_releases_and_leaves_no_thread(server: Server, admin: PoolUser) -
     finally:
         signal.signal(signal.SIGINT, before)
     assert admin.counts("permit") == (1, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("log_out", [True, False], ids=["own", "shared"])
+def test_a_client_that_closes_ends_its_own_login(server: Server, admin: PoolUser, kind: str, log_out: bool) -> None:
+    auth = TokenAuth(server.url, "admin", "admin")
+    before = admin.count_logins()
+    with connecting(kind) as connect, connect(server.url, auth=auth, log_out=log_out).lease("permit"):
+        assert admin.count_logins() == before + 1
+    assert admin.count_logins() == before + (not log_out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_without_a_login_ends_none(server: Server, admin: PoolUser, kind: str) -> None:
+    """Neither the token that it was given, nor a login that it did not need."""
+    before = admin.count_logins()
+    with connecting(kind) as connect:
+        connect(server.url, auth=TokenAuth(server.url, "admin", "wrong"), log_out=True)
+        with connect(server.url, headers={"X-Token": admin.token}, log_out=True).lease("permit"):
+            pass
+    assert admin.count_logins() == before
 
 
 async def test_a_cancelled_task_releases_and_leaves_no_task(server: Server, admin: PoolUser) -> None:
