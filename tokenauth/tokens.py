@@ -12,7 +12,18 @@ from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
-from tokenauth.models import Identity, Instant, IssuedToken, Login, Token, TokenCursor, TokenKind, User, is_plain_scope
+from tokenauth.models import (
+    Identity,
+    Instant,
+    IssuedToken,
+    Login,
+    Token,
+    TokenCursor,
+    TokenKind,
+    User,
+    is_plain_scope,
+    public_id,
+)
 from tokenauth.revocation_queue import RevocationQueue, logged_revocation
 from tokenauth.settings.model import TokenSettings
 from tokenauth.stores.store import Store
@@ -108,13 +119,15 @@ class Tokens:
                 max_expires_at=latest,
                 scopes=scopes,
             )
-            await self._store.tokens.issue(token, self._settings.per_user, now)
+            ended = await self._store.tokens.issue(token, self._settings.per_user, now)
         except RetryLater as refusal:
             self._credentials.count(refusal)
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
         self._credentials.count()
         log.info("token_issued", user=user.username, id=token.id, network=network(address))
+        for each in map(public_id, ended):
+            log.info("token_revoked", user=user.username, id=each, reason="per_user", by=user.username)
         return IssuedToken(value, token)
 
     def check_can_issue(self, disconnected: DisconnectCheck) -> None:

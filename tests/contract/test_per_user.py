@@ -1,6 +1,8 @@
 """TokenStore.add: of a user's live tokens no more than `per_user` stay, and it is the oldest that end."""
 
 import asyncio
+from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -13,7 +15,8 @@ from tokenauth.stores.store import TokenStore
 async def test_the_oldest_end_when_a_user_has_too_many(tokens: TokenStore, limit: int) -> None:
     added = [token(number, age=10 - number) for number in range(8)]
     for count, one in enumerate(added, 1):
-        await tokens.issue(one, limit, START)
+        ended = await tokens.issue(one, limit, START)
+        assert [*ended] == [each.digest for each in added[: max(count - limit, 0)][-1:]]
         assert await tokens.list("ann", START, 10) == added[max(count - limit, 0) : count][::-1]
     for gone in added[:-limit]:
         assert await tokens.get(gone.digest) is None
@@ -54,7 +57,11 @@ async def test_fifty_concurrent_adds_leave_the_newest_five(place: Place, other: 
 async def test_fifty_adds_of_two_processes_at_once_leave_five(place: Place, other: Place) -> None:
     """They are counted in the transaction that inserts: no other insert can come between."""
     added = [token(number) for number in range(50)]
-    await asyncio.gather(*((place, other)[number % 2].tokens.issue(one, 5, START) for number, one in enumerate(added)))
+    ended = await asyncio.gather(
+        *((place, other)[number % 2].tokens.issue(one, 5, START) for number, one in enumerate(added))
+    )
+    left = await place.tokens.list("ann", START, 100)
+    assert Counter(chain.from_iterable(ended)) == Counter({one.digest for one in added} - {one.digest for one in left})
     for each in (place, other):
         assert len(await each.tokens.list("ann", START, 100)) == 5
         assert len([one for one in added if await each.tokens.get(one.digest)]) == 5
@@ -106,3 +113,12 @@ async def test_concurrent_limits_apply_per_user(tokens: TokenStore) -> None:
         *(tokens.issue(token(100 * limit + n, name), limit, START) for name, limit in limits.items() for n in range(9))
     )
     assert {name: len(await tokens.list(name, START, 100)) for name in limits} == {"ann": 1, "bob": 4, "eve": 9}
+
+
+async def test_each_user_of_a_batch_learns_of_their_own(tokens: TokenStore) -> None:
+    names = [f"user{number}" for number in range(20)]
+    before = [token(number, username=name) for number, name in enumerate(names)]
+    await asyncio.gather(*(tokens.issue(one, 1, START) for one in before))
+    after = [token(100 + number, username=name) for number, name in enumerate(names)]
+    ended = await asyncio.gather(*(tokens.issue(one, 1, START) for one in after))
+    assert [[*digests] for digests in ended] == [[one.digest] for one in before]

@@ -390,6 +390,19 @@ def test_a_held_logout_is_not_of_a_later_request(tmp_path: Path) -> None:
         assert "trace_id" not in {**late, **line}
 
 
+def test_a_login_that_is_one_too_many_says_which_it_ends(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    config = write_config(tmp_path, f'[audit]\nfile = "{file}"\n[tokens]\nper_user = 1\n')
+    with serve(config) as server, server.client() as client:
+        log_in(client)
+        log_in(client)
+        server.wait("token_revoked", user="admin", reason="per_user", by="admin")
+        [ended] = wait_for(file, action="revoke_token")
+    first, _ = (record for record in read_audit(file) if record["action"] == "login")
+    assert (ended["target"], ended["by"], ended["user"]) == (first["target"], "admin", "admin")
+    assert ended["details"] == {"reason": "per_user"}
+
+
 def test_an_oauth_client_that_revokes_is_named(audited: Audited) -> None:
     token = log_in(audited.client, "ann", "ann-secret")
     answer = audited.client.post("/oauth/revoke", data={"token": token}, auth=("bob", "bob-secret"))

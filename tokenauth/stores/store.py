@@ -189,9 +189,14 @@ class TokenStore:
         if self.share is not None and not self._engine.feed.sees_commits:
             await self.share((digest,), missing=True)
 
-    async def issue(self, token: Token, per_user: int, now: Instant) -> None:
-        """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit."""
-        await self._revoked(await self._engine.apply(Issue(token, per_user, now=now)))
+    async def issue(self, token: Token, per_user: int, now: Instant) -> Sequence[bytes]:
+        """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit.
+
+        Returns the digests of those that were revoked, except what another login at the same time has returned.
+        """
+        surplus = await self._engine.apply(Issue(token, per_user, now=now))
+        await self._revoked(surplus.digests)
+        return surplus.own
 
     async def issue_named(
         self, token: Token, credentials: Collection[str], limit: int, now: Instant, by: bytes | None = None

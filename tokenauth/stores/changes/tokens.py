@@ -75,7 +75,7 @@ _DELETE = delete(tokens).where(tokens.c.digest == bindparam("digest")).returning
 _LOG = insert(revocations).inline()
 
 
-def _surplus() -> Select[bytes]:
+def _surplus() -> Select[bytes, str]:
     """Select the logins that users have beyond `per_user` live ones. Named tokens are not counted.
 
     For each user it reads the index, newest first, up to the first surplus login. The number is limited, so that a
@@ -89,13 +89,13 @@ def _surplus() -> Select[bytes]:
     first = of_user.order_by(live.c.number.desc()).limit(1).offset(bindparam("per_user")).scalar_subquery()
     edges = select(names.c.value.label("username"), first.label("number")).subquery("edges")
     older = (
-        select(tokens.c.digest, tokens.c.name)
+        select(tokens.c.digest, tokens.c.username, tokens.c.name)
         .join_from(edges, tokens, (tokens.c.username == edges.c.username) & (tokens.c.number <= edges.c.number))
         .where(tokens.c.expires_at > _now)
         .offset(0)  # keeps PostgreSQL from planning with the condition on names, which would read all users' tokens
         .subquery()
     )
-    return select(older.c.digest).where(older.c.name.is_(None)).limit(_MAX_REVOKED)
+    return select(older.c.digest, older.c.username).where(older.c.name.is_(None)).limit(_MAX_REVOKED)
 
 
 SURPLUS = _surplus()
@@ -189,15 +189,33 @@ def _purge_revocations() -> Delete:
 _PURGE_REVOCATIONS = _purge_revocations()
 
 
-class Issue(Change[Sequence[bytes]]):
+class Surplus(NamedTuple):
+    """The logins that a batch of logins has revoked."""
+
+    digests: Sequence[bytes]
+    """All of them: no login of the batch is answered before every cache has dropped them."""
+    own: Sequence[bytes]
+    """Those of the user of one login, unless an earlier one of the batch has them."""
+
+    @classmethod
+    def divide(cls, logins: Sequence["Issue"], revoked: Sequence[tuple[bytes, str]]) -> Sequence[Self]:
+        """Return what each login of a batch has revoked, of these digests with the names of their users."""
+        left: dict[str, list[bytes]] = {}
+        for digest, username in revoked:
+            left.setdefault(username, []).append(digest)
+        digests = [digest for digest, _ in revoked]
+        return [cls(digests, left.pop(login.token.username, ())) for login in logins]
+
+
+class Issue(Change[Surplus]):
     """Add a login and revoke the oldest live ones of its user beyond `per_user`; the answer names the revoked ones."""
 
     token: Token
     per_user: int
 
     @classmethod
-    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Sequence[bytes]]:
-        """Insert tokens, then revoke the surplus of each user; every answer has all digests that were revoked."""
+    def make(cls, db: Transaction, changes: Sequence[Self]) -> Sequence[Surplus]:
+        """Insert tokens, then revoke the surplus of each user."""
         limited: dict[int, set[str]] = {}
         for change in changes:
             if change.per_user:
@@ -206,13 +224,13 @@ class Issue(Change[Sequence[bytes]]):
             db.lock(*map(user_lock, set().union(*limited.values())))
         insert_tokens(db, [change.token for change in changes])
         now = max(change.now for change in changes)
-        revoked: list[bytes] = []
+        revoked: list[tuple[bytes, str]] = []
         for per_user, names in limited.items():
             wanted = {"names": json.dumps(sorted(names)), "per_user": per_user, "now": now}
-            surplus = [digest for (digest,) in db.rows(SURPLUS, wanted)]
-            revoke(db, surplus, now)
+            surplus = [(digest, username) for digest, username in db.rows(SURPLUS, wanted)]
+            revoke(db, [digest for digest, _ in surplus], now)
             revoked += surplus
-        return [revoked] * len(changes)
+        return Surplus.divide(changes, revoked)
 
 
 class Revoke(Change[bool]):

@@ -55,7 +55,7 @@ from tokenauth.stores.batching import UNMADE, ChangeKind
 from tokenauth.stores.changes import pool_rows
 from tokenauth.stores.changes.clock import CLOCK
 from tokenauth.stores.changes.pools import Assign, KeepAlive, LeaseUpdate, Release, pool_lock
-from tokenauth.stores.changes.tokens import REVOCATION_LOCK, SURPLUS, Issue, Revoke, user_lock
+from tokenauth.stores.changes.tokens import REVOCATION_LOCK, SURPLUS, Issue, Revoke, Surplus, user_lock
 from tokenauth.stores.engine import Rows, Values
 from tokenauth.stores.postgres.transaction import (
     CHANNEL,
@@ -132,18 +132,18 @@ def _revoked(chosen: CTE) -> Select[Any]:
     gone = (
         delete(tokens)
         .where(tokens.c.digest == any_(func.array(digests.scalar_subquery())))
-        .returning(tokens.c.digest)
+        .returning(tokens.c.digest, tokens.c.username)
         .cte("gone")
     )
     logged = (
         insert(revocations)
         .from_select(["digest", "at"], select(gone.c.digest, _now), include_defaults=False)
-        .returning(revocations.c.digest)
         .cte("logged")
     )
     some = bindparam("notifies", type_=Boolean()) & (func.count() > 0)
     notified = case((some, func.pg_notify(CHANNEL, "")))
-    return select(func.array_agg(logged.c.digest), notified, _in_time).add_cte(_CLOCK_WRITTEN)
+    found = select(func.array_agg(gone.c.digest), notified, _in_time, func.array_agg(gone.c.username))
+    return found.add_cte(logged, _CLOCK_WRITTEN)
 
 
 _ISSUE = _revoked(SURPLUS.cte("surplus")).where(select(_LOCKED.c.number).scalar_subquery() >= 0).add_cte(_ADDED)
@@ -151,7 +151,7 @@ _digests = func.unnest(bindparam("digests", type_=ARRAY(LargeBinary))).column_va
 _REVOKE = _revoked(select(_digests.label("digest")).cte("chosen"))
 
 
-def _issue(db: PostgresTransaction, changes: Sequence[Issue]) -> Sequence[Sequence[bytes]]:
+def _issue(db: PostgresTransaction, changes: Sequence[Issue]) -> Sequence[Surplus]:
     """Lock the users whose tokens are counted, add tokens, then revoke the surplus of each user."""
     rows = [token_row(change.token) for change in changes]
     added: Values = {name: [row.get(name) for row in rows] for name in _COLUMNS}
@@ -170,7 +170,8 @@ def _issue(db: PostgresTransaction, changes: Sequence[Issue]) -> Sequence[Sequen
         steps += [
             {**nothing, "names": json.dumps(sorted(each)), "per_user": per_user} for per_user, each in limited.items()
         ]
-    return [_digests_of(db.steps(_ISSUE, steps))] * len(changes)
+    revoked = [pair for step in db.steps(_ISSUE, steps) for pair in zip(step[0] or (), step[3] or (), strict=True)]
+    return Surplus.divide(changes, revoked)
 
 
 def _revoke(db: PostgresTransaction, changes: Sequence[Revoke]) -> Sequence[bool]:
