@@ -57,9 +57,9 @@ def is_scope(word: str) -> bool:
 
 
 def is_plain_scope(word: str) -> bool:
-    """Return whether a scope that no user has may be logged and shown: it is short and plain, like a mistyped name.
+    """Return whether an answer may repeat a scope that no user has: it is short and plain, like a mistyped name.
 
-    The length excludes tokens, halves of them, UUIDs, and most other secrets that someone sends by mistake.
+    Proxies and clients log answers. The length excludes tokens, halves of them, UUIDs, and most other secrets.
     """
     return re.fullmatch(r"[A-Za-z][A-Za-z0-9._:/-]{0,29}", word) is not None
 

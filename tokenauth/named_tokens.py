@@ -126,7 +126,8 @@ class NamedTokens:
             shown = self._tokens.describe_scopes(lacking)
             noun, yours = "scopes" if " " in shown else "scope", " ".join(user.scopes) or "none"
             raise InsufficientScope(
-                description=f"You do not have the {noun} {shown}. Yours are: {yours}.", logged=shown
+                description=f"You do not have the {noun} {shown}. Yours are: {yours}.",
+                logged=self._tokens.known_scopes(lacking),
             )
         return tuple(dict.fromkeys(scopes))
 

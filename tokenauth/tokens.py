@@ -196,15 +196,20 @@ class Tokens:
         user = self._users[token.username].identity
         return user if token.scopes is None else user.limited_to(token.scopes)
 
-    def describe_scopes(self, scopes: Iterable[str]) -> str:
-        """Return scopes that a client has sent, as they may be logged and shown, each once.
+    def known_scopes(self, scopes: Iterable[str]) -> str:
+        """Return scopes that a client has sent, as they may be logged, each once.
 
-        `(unknown)` stands for one that no user has and that is long or odd: it may be a secret.
+        `(unknown)` stands for one that no user has: people type secrets into the wrong field.
         """
-        return " ".join({scope if self._may_show(scope) else "(unknown)": None for scope in scopes})
+        return " ".join({scope if self._scope_exists(scope) else "(unknown)": None for scope in scopes})
 
-    def _may_show(self, scope: str) -> bool:
-        return is_plain_scope(scope) or any(scope in user.scopes for user in self._users.values())
+    def describe_scopes(self, scopes: Iterable[str]) -> str:
+        """Return scopes that a client has sent, as its answer shows them: also plain ones that no user has."""
+        shown = (scope if is_plain_scope(scope) or self._scope_exists(scope) else "(unknown)" for scope in scopes)
+        return " ".join(dict.fromkeys(shown))
+
+    def _scope_exists(self, scope: str) -> bool:
+        return any(scope in user.scopes for user in self._users.values())
 
     async def revoke(self, value: bytes) -> None:
         """Revoke a token; an unknown value is ignored. Once this returns, every worker refuses it.

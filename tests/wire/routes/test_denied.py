@@ -27,9 +27,7 @@ REFUSED = [
     ("GET", "/auth?scope=read", "/auth", "read"),
     ("GET", "/auth?scope=write+read", "/auth", "read write"),
     ("GET", "/auth?scope=read+{token}", "/auth", ("(unknown) read", "read (unknown)")),
-    ("GET", "/auth?scope=Reports:read", "/auth", "Reports:read"),
-    ("GET", "/auth?scope=a-scope-of-thirty-one-letters-x", "/auth", "(unknown)"),
-    ("GET", "/auth?scope=7a-digit-in-front&scope=p$ssword", "/auth", "(unknown)"),
+    ("GET", "/auth?scope=hunter2", "/auth", "(unknown)"),
 ]
 
 

@@ -133,7 +133,7 @@ class ForwardAuth(Endpoint):
             "access_denied",
             user=token.username,
             route=PATH,
-            scope=self._tokens.describe_scopes(asked),
+            scope=self._tokens.known_scopes(asked),
             reason=refusal.code,
             problem=str(refusal) if isinstance(refusal, Forbidden) else "",
         )
