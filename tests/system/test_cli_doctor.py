@@ -82,6 +82,25 @@ def test_all_mistakes_are_found_with_their_lines(tmp_path: Path) -> None:
     assert found[0]["fix"] == "did you mean port?"
 
 
+def test_a_missing_variable_is_one_finding(tmp_path: Path) -> None:
+    config = write_config(tmp_path, f"[server]\nport = {free_port()}")
+    config.write_text(config.read_text().replace("tokenauth.db", "${DATABASE}.db"))
+    done = run(tmp_path, "doctor", "--json")
+    checks = json.loads(done.stdout)["checks"]
+    missing = [(one["text"], one["line"] is not None) for one in checks if one["status"] == "error"]
+    assert missing == [("database.url: the environment has no DATABASE", True)]
+    found = {one["check"]: one for one in checks}
+    assert [found[name]["status"] for name in ("port", "login", "uvicorn")] == ["ok"] * 3
+    assert (found["database"]["text"], done.returncode) == ("not examined", 1)
+
+
+def test_other_mistakes_are_found_beside_a_missing_variable(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[server]\nport = "${PORT}"\n[tokens]\nidle = 5\n')
+    checks = json.loads(run(tmp_path, "doctor", "--json").stdout)["checks"]
+    found = [(one["line"], one["text"].partition(": ")[0]) for one in checks if one["check"] == "configuration"]
+    assert found == [(2, "server.port"), (4, "tokens.idle")]
+
+
 @pytest.mark.parametrize("more", ["", '[server]\nhost = "0.0.0.0"\nport = 0'])
 def test_a_risk_has_its_line_and_is_an_error_in_public(tmp_path: Path, more: str) -> None:
     path = write_config(tmp_path, f"{more}\n[passwords]\nmemory_kib = 16\ntime_cost = 1", _ONE_USER)

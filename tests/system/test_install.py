@@ -4,10 +4,11 @@ import os
 import re
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from tests.support.servers import ROOT
+from tests.support.servers import ROOT, TOKENAUTH, write_config
 
 GUIDE = (ROOT / "docs/production.md").read_text()
 LOCKS = ["requirements.lock", "requirements-serve.lock"]
@@ -66,3 +67,29 @@ def test_make_serve_takes_host_and_port(arguments: list[str], command: str) -> N
     environment = {name: os.environ[name] for name in os.environ if name not in {"HOST", "PORT", "MAKEFLAGS"}}
     done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert " ".join(done.stdout.split()).endswith(f".venv/bin/tokenauth {command}")
+
+
+def test_the_installed_command_has_the_secrets(tmp_path: Path) -> None:
+    """It runs as the documents have it. Only what changes the user is replaced."""
+    found = re.search(r"^sudo tee /usr/local/bin/tokenauth >/dev/null <<'EOF'\n(.*?)^EOF$", GUIDE, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    script = found[1].replace("/opt/tokenauth/bin/tokenauth", TOKENAUTH).replace("/etc/tokenauth", str(tmp_path))
+    for name, text in {"tokenauth": script, "id": "#!/bin/sh\necho 0\n", "runuser": _RUNUSER}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace("tokenauth.db", "${NAME}.db"))
+    (tmp_path / "environment").write_text("NAME='a b'\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for arguments in (["migrate"], ["user", "list"]):
+        command = [tmp_path / "tokenauth", *arguments]
+        subprocess.run(command, env=environment, cwd="/", capture_output=True, check=True)
+    assert (tmp_path / "a b.db").exists()
+    assert (tmp_path / "ran as").read_text() == "-u tokenauth\n"
+
+
+_RUNUSER = '''#!/bin/sh
+echo "$1 $2" >> "$(dirname "$0")/ran as"
+shift 3
+exec "$@"
+'''

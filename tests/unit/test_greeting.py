@@ -49,8 +49,8 @@ def test_the_url_is_https_with_a_certificate() -> None:
 
 
 def test_the_address_of_metrics_is_named() -> None:
-    shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9100"')
-    assert shown[2:] == ["  http://[::1]:9100/metrics      metrics for Prometheus"]
+    shown = lines('[server]\ndocs = false\n[metrics]\nlisten = "[::1]:9180"')
+    assert shown[2:] == ["  http://[::1]:9180/metrics      metrics for Prometheus"]
 
 
 def test_risks_are_one_line() -> None:

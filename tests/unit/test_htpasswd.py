@@ -103,7 +103,7 @@ def test_other_mistakes_have_their_line(file: Path, content: str | bytes, proble
 def test_a_missing_file_is_a_mistake(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"^users_file\.path: .*htpasswd cannot be read: No such file or directory$"):
         loader.parse(f'users_file = "{file}"', {})
-    assert "cannot be read" in loader.find_mistakes(f'users_file = "{file}"', {})[0]
+    assert "cannot be read" in loader.examine(f'users_file = "{file}"', {})[1][0]
 
 
 def test_an_empty_file_may_be_half_written(file: Path) -> None:

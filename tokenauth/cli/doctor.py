@@ -85,19 +85,16 @@ def _show(path: Path, finding: Finding) -> None:
 
 
 def _examine(path: Path) -> Iterator[Finding]:
-    settings = None
     try:
         text = loader.read(path)
     except ConfigError as error:
         yield Finding("error", "configuration", str(error))
     else:
-        mistakes = [*loader.find_mistakes(text)]
-        if not mistakes:
-            settings = loader.parse(text)
+        settings, mistakes, missing = loader.examine(text)
         for mistake in mistakes:
             yield _finding("error", "configuration", mistake, _line(text, mistake))
-    if settings is not None:
-        yield from _examine_settings(path, text, settings)
+        if settings is not None:
+            yield from _examine_settings(path, text, settings, "database.url" in missing)
     yield from _examine_machine()
 
 
@@ -112,7 +109,8 @@ def _line(text: str, mistake: str) -> int | None:
     return find_line(text, mistake.partition(": ")[0])
 
 
-def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Finding]:
+def _examine_settings(path: Path, text: str, settings: Settings, no_database: bool) -> Iterator[Finding]:
+    """Examine what settings name; without the database, if a variable in its URL is missing."""
     from tokenauth.service import create_service
     from tokenauth.web.app import find_routes
 
@@ -131,7 +129,10 @@ def _examine_settings(path: Path, text: str, settings: Settings) -> Iterator[Fin
     if settings.server.tls_certificate:
         yield _certificate(text, settings.server)
     yield (_socket if settings.server.socket else _port)(settings.server, path)
-    yield from _database(settings, path)
+    if no_database:
+        yield Finding("warning", "database", "not examined", "run this with the environment of the service")
+    else:
+        yield from _database(settings, path)
     yield from _audit(settings.audit)
     yield from _login(settings, service.passwords)
 

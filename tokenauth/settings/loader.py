@@ -77,25 +77,38 @@ def naming(place: Path | str) -> Iterator[None]:
 
 def parse(text: str, environ: Mapping[str, str] = os.environ, files: FilesRead | None = None) -> Settings:
     """Read TOML text. Raises ConfigError as `load` does."""
-    return _read_tree(parse_toml(text), environ, FilesRead() if files is None else files, None)
+    return _read_tree(parse_toml(text), environ, FilesRead() if files is None else files)
 
 
-def find_mistakes(text: str, environ: Mapping[str, str] = os.environ) -> Sequence[str]:
-    """Return all mistakes in TOML text, each as the message of a ConfigError."""
+def examine(
+    text: str, environ: Mapping[str, str] = os.environ
+) -> tuple[Settings | None, Sequence[str], Collection[str]]:
+    """Read TOML text as far as possible: return the settings, all mistakes, and the keys whose variables are missing.
+
+    Each mistake is the message of a ConfigError. A missing variable counts as empty; after any other mistake there are
+    no settings.
+    """
     mistakes: list[str] = []
+    missing: dict[str, str] = {}
+    settings = None
     try:
-        _read_tree(parse_toml(text), environ, FilesRead(), mistakes)
+        settings = _read_tree(parse_toml(text), environ, FilesRead(), mistakes, missing)
     except ConfigError as error:
         mistakes.append(str(error))
-    return list(dict.fromkeys(mistakes))
+    others = [mistake for mistake in dict.fromkeys(mistakes) if mistake.partition(": ")[0] not in missing]
+    return (None if mistakes else settings), [*missing.values(), *others], missing.keys()
 
 
 def _read_tree(
-    tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, mistakes: list[str] | None
+    tree: dict[str, Any],
+    environ: Mapping[str, str],
+    files: FilesRead,
+    mistakes: list[str] | None = None,
+    missing: dict[str, str] | None = None,
 ) -> Settings:
     if isinstance(tree.get("users_file"), str):  # the short form
         tree["users_file"] = {"path": tree["users_file"]}
-    settings = _Reader(_substitute(tree, environ, files), mistakes).table(Settings, tree, "")
+    settings = _Reader(_substitute(tree, environ, files, missing), mistakes).table(Settings, tree, "")
     if not settings.users_file.path:
         return settings
     files.note(settings.users_file.path)
@@ -368,8 +381,13 @@ _MAX_SECRET = 64 * 1024
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-def _substitute(tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead) -> dict[str, str]:
-    """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path."""
+def _substitute(
+    tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, missing: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path.
+
+    With `missing`, a variable without a value counts as empty, and the error is put there by key path.
+    """
     found = {}
     for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):
         text = holder[key]
@@ -381,8 +399,14 @@ def _substitute(tree: dict[str, Any], environ: Mapping[str, str], files: FilesRe
         names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
         if names:
             found[path] = " and ".join(names)
-            with naming(path):
-                holder[key] = _VARIABLE.sub(lambda match: _value_of(match[1], match[2], environ, files), text)
+            try:
+                with naming(path):
+                    holder[key] = _VARIABLE.sub(lambda match: _value_of(match[1], match[2], environ, files), text)
+            except ConfigError as error:
+                if missing is None:
+                    raise
+                missing[path] = str(error)
+                holder[key] = _VARIABLE.sub(lambda match: match[2] or "", text)
     return found
 
 

@@ -337,7 +337,7 @@ class MetricsSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         if self.listen and (_LISTEN.fullmatch(self.listen) is None or self.address[1] > 65535):
-            problem = "must be an address and a port, such as '127.0.0.1:9100' or '[::1]:9100'"
+            problem = "must be an address and a port, such as '127.0.0.1:9180' or '[::1]:9180'"
             raise SettingError("listen", problem, f", not {self.listen[:80]!r}")
 
     @property

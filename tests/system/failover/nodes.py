@@ -73,7 +73,7 @@ class Nodes:
         config = own / "config.toml"
         config.write_text(text + _MORE)
         config.chmod(0o600)
-        server = self._running[number].enter_context(serve(config, env={"DB_PASSWORD": PASSWORD}, on_port=False))
+        server = self._running[number].enter_context(serve(config, env={"DATABASE_PASSWORD": PASSWORD}, on_port=False))
         self.servers.append(server)
         until(lambda: takes_connections(server.port), "the node accepts connections")
 

@@ -23,7 +23,6 @@ GUIDE = (ROOT / "docs/production.md").read_text()
 PASSWORD = "correct horse battery"
 
 _FUNCTIONS = """
-sudo() { if [ "$1" = -u ]; then shift 2; fi; "$@"; }
 useradd() { :; }
 chgrp() { :; }
 systemctl() { echo "$1" >> "$HOME/systemctl"; }
@@ -32,8 +31,15 @@ install() {
     while [ $# -gt 0 ]; do case "$1" in -o|-g) shift 2 ;; *) kept+=("$1"); shift ;; esac; done
     command install "${kept[@]}"
 }
-export -f sudo useradd chgrp systemctl install
+export -f useradd chgrp systemctl install
 """
+
+_PROGRAMS = {
+    "sudo": 'if [ "$1" = -u ]; then shift 2; fi; "$@"',
+    "runuser": 'shift 3; exec "$@"',
+    "id": "echo 0",
+}
+"""For the command that the guide installs, too: it is a script of its own."""
 
 
 def blocks(heading: str) -> list[str]:
@@ -53,6 +59,11 @@ class Machine:
         ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist", "tests", "bench")
         shutil.copytree(ROOT, self.checkout, ignore=ignored)
         (self.checkout / "dist").mkdir()
+        self.bin = home / "bin"
+        self.bin.mkdir()
+        for name, script in _PROGRAMS.items():
+            (self.bin / name).write_text(f"#!/bin/bash\n{script}\n")
+            (self.bin / name).chmod(0o755)
 
     def run(self, script: str, **env: str) -> str:
         """Run commands of the guide, in the checkout."""
@@ -60,6 +71,7 @@ class Machine:
             "/opt/tokenauth": self.opt,
             "/etc/tokenauth": self.etc,
             "/var/lib/tokenauth": self.var,
+            "/usr/local/bin": self.bin,
         }
         for there, here in words.items():
             script = script.replace(there, str(here))
@@ -67,7 +79,8 @@ class Machine:
         script = script.replace("make wheel", f"{sys.executable} -m hatchling build -t wheel")
         done = subprocess.run(
             ["bash", "-eu", "-o", "pipefail", "-c", f"{_FUNCTIONS}\n{script}"],
-            cwd=self.checkout, env={**os.environ, **env, "HOME": str(self.home)},
+            cwd=self.checkout,
+            env={**os.environ, **env, "HOME": str(self.home), "PATH": f"{self.bin}:{os.environ['PATH']}"},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -102,10 +115,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
         if shutil.which(name) is None:
             skip_without(name, f"apt-get install {name}")
     made = Machine(tmp_path_factory.mktemp("machine"))
-    install = blocks("Install")[0]
+    install, command = blocks("Install")
     assert "tokenauth init --config" in install
     made.run(re.sub(r"(tokenauth init .*)", rf"\1 --username admin --password-stdin <<< '{PASSWORD}'", install))
     assert made.config.stat().st_mode & 0o777 == 0o640
+    made.run(command)
     absolute = "sqlite+aiosqlite:////var/lib/tokenauth/tokenauth.db"
     assert absolute in GUIDE
     text = made.config.read_text()
