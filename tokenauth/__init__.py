@@ -15,10 +15,14 @@ __all__ = ["TokenMiddleware"]
 
 @cache
 def build() -> str:
+    """Return the `installed_build` as it was at the first call. A server asks for it when it starts."""
+    return installed_build()
+
+
+def installed_build() -> str:
     """Return the version with a digest of the package's files, which tells two builds of one version apart.
 
-    A wheel and its checkout have the same. A server asks for it when it starts: later, the files may be newer ones. It
-    takes about 10 milliseconds.
+    A wheel and its checkout have the same. It takes about 10 milliseconds.
     """
     package = os.path.dirname(__file__)
     digest = sha256()

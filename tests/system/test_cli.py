@@ -24,7 +24,7 @@ import pytest
 from passlib.hash import argon2
 
 from tests.support.processes import Forked
-from tests.support.servers import ROOT, TOKENAUTH, USERS, Server, log_in, probe, serve, worker, write_config
+from tests.support.servers import ROOT, TOKENAUTH, USERS, Server, log_in, probe, serve, spawn, worker, write_config
 from tests.support.skipping import skip_without
 from tokenauth import build
 from tokenauth.settings import loader
@@ -618,16 +618,48 @@ def test_check_refuses_what_serve_cannot_use(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.extended
 def test_check_refuses_a_directory_that_is_not_writable(home: Path) -> None:
-    """As a service's user: without the capability with which root writes anywhere."""
+    home.chmod(0o500)
+    done = run_as_user(home, "check")
+    home.chmod(0o700)
+    assert f"database.url: the directory {home} is not writable for this user; run this as the user" in mistake(done)
+
+
+@pytest.mark.extended
+def test_files_that_are_not_writable_say_how_to_mend_them(home: Path) -> None:
+    """SQLite gives the -shm file the mode of the database file, and does not change it later."""
+    file, *others = (home / f"tokenauth.db{suffix}" for suffix in ("", "-wal", "-shm"))
+    both = " ".join(map(str, others))
+    run(home, "migrate")
+
+    def reason() -> str:
+        with spawn([*as_user(), TOKENAUTH, "serve", "--port", "0", "--workers", "1"], home) as server:
+            server.wait("started")
+            server.port = server.wait("listening")["port"]
+            with server.client() as client:
+                assert client.post("/api/token", json={"username": "ann", "password": "ann-secret"}).status_code == 503
+            return str(server.wait("store_not_writable")["reason"])
+
+    file.chmod(0o400)
+    assert f"run `chmod u+rw {file} {both}`, then restart tokenauth" in reason()
+    assert f"run `chmod u+rw {file} {both}`, then restart tokenauth" in mistake(run_as_user(home, "check"))
+    file.chmod(0o600)
+    assert f"{others[-1]}`, then restart tokenauth" in reason(), "the -wal file may have been made again"
+    for other in others:
+        other.chmod(0o600)
+    assert output(run_as_user(home, "check"))
+
+
+def as_user() -> list[str]:
+    """Return the begin of a command as a service's user runs it: without root's capability to write anywhere."""
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         skip_without("setpriv", "install util-linux")
-    home.chmod(0o500)
-    less = ["--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
-    command = [setpriv, *less, TOKENAUTH, "check"]
-    done = subprocess.run(command, cwd=home, capture_output=True, check=False, text=True, env=environment({}))
-    home.chmod(0o700)
-    assert f"database.url: the directory {home} is not writable for this user; run this as the user" in mistake(done)
+    return [setpriv, *(["--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else [])]
+
+
+def run_as_user(home: Path, *arguments: str) -> Done:
+    command = [*as_user(), TOKENAUTH, *arguments]
+    return subprocess.run(command, cwd=home, capture_output=True, check=False, text=True, env=environment({}))
 
 
 def with_database(directory: Path, url: str, more: str = "") -> None:

@@ -161,11 +161,11 @@ def test_verify_says_where_a_line_is_missing(home: Path) -> None:
     file.write_bytes(first + last)
     problem = "line 2 is missing here, or moved: this is line 3"
     done = run(home, "audit", "verify")
-    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 line before that: ok\n")
+    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 break; 2 lines ok\n")
     done = run(home, "audit", "verify", "--json")
     report = json.loads(done.stdout)
-    assert (done.returncode, report["ok"], report["problem"]) == (1, False, problem)
-    assert report["position"] == {"file": str(file), "line": 2}
+    assert (done.returncode, report["ok"], report["breaks"]) == (1, False, 1)
+    assert report["problems"] == [{"problem": problem, "file": str(file), "line": 2}]
 
 
 def test_verify_says_what_it_cannot_find(home: Path) -> None:
@@ -181,7 +181,7 @@ def test_verify_says_what_it_cannot_find(home: Path) -> None:
     assert "\nNot shown: whether an older log existed and was deleted, with its .head file, or all" in shown
     (home / "audit.jsonl").unlink()
     output(run(home, "user", "remove", "bob"))
-    assert "\nNot shown: whether lines before 2 existed" in output(run(home, "audit", "verify"))
+    assert "\nNot shown: whether lines before 2 existed and were deleted" in output(run(home, "audit", "verify"))
 
 
 def test_verify_checks_copies_elsewhere(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -175,10 +175,11 @@ def test_the_summary_has_a_line_for_each_table(tmp_path: Path, source: str) -> N
     done = run(tmp_path, "copy", "--from", source, "--to", f"sqlite+aiosqlite:///{tmp_path}/b.db")
     assert done.returncode == 0, done
     heading, *lines = done.stdout.splitlines()
-    assert heading.split() == ["table", "rows", "added", "corrected", "SHA-256", "of", "both"]
+    assert heading.split() == ["table", "rows", "added", "changed", "SHA-256", "of", "both"]
     tables = {line.split()[0]: line.split()[1:] for line in lines[: len(metadata.tables)]}
     assert {name: cells[:3] for name, cells in tables.items()} == {name: ["3", "3", "0"] for name in metadata.tables}
-    assert lines[-2].startswith(f"Copied {3 * len(tables)} rows from {tmp_path}/tokenauth.db to {tmp_path}/b.db in ")
+    equal = f"{tmp_path}/b.db has the {3 * len(tables)} rows of {tmp_path}/tokenauth.db: both are equal. It took "
+    assert lines[-2].startswith(equal)
     assert lines[-1] == "Set database.url before you start the server."
     assert "copying tokens: 0 of 3\n" in done.stderr
 

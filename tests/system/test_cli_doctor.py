@@ -152,7 +152,7 @@ def test_a_running_server_that_is_not_ready_is_an_error(tmp_path: Path) -> None:
         reason = client.get("/readyz").json()["reason"]
     assert (code, found["port"]["status"]) == (1, "error")
     assert found["port"]["text"] == f"tokenauth serves on 127.0.0.1 port {port}, and is not ready: {reason}"
-    assert "When something happens" in found["port"]["fix"]
+    assert found["port"]["fix"] == 'docs/production.md, "The database file is gone or was replaced"'
     assert found["database"]["status"] == "error"
     assert "is missing while a server uses it" in found["database"]["text"]
     assert found["database"]["fix"].startswith("put it back, then restart tokenauth")
@@ -221,6 +221,9 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
     [
         ("it cannot be used: no host is the primary: a:5432 is a standby", "No host is the primary"),
         ("store not writable: commits wait for a synchronous standby", "Commits wait for a standby"),
+        ("store not writable: database or disk is full", "The disk is full"),
+        ("store not writable: attempt to write a readonly database", "A file has the wrong mode"),
+        ("it cannot be used: password authentication failed for user 'tokenauth'", "A secret changes"),
         ("it cannot be used: ConnectionRefusedError", "The database restarts"),
     ],
 )
@@ -303,7 +306,8 @@ def test_a_disk_that_takes_no_data_is_an_error(home: Path) -> None:
     assert (done.returncode, found["disk"]["status"]) == (1, "error")
     assert "none can be written: File too large" in found["disk"]["text"]
     assert "The disk is full" in found["disk"]["fix"]
-    assert f"is readable, with schema {HEAD}" in found["database"]["text"]
+    assert f"is readable, but not writable, with schema {HEAD}" in found["database"]["text"]
+    assert found["database"]["status"] == "error"
 
 
 @pytest.mark.extended

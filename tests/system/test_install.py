@@ -71,7 +71,9 @@ def test_make_serve_takes_host_and_port(arguments: list[str], command: str) -> N
 
 def test_the_installed_command_has_the_secrets(tmp_path: Path) -> None:
     """It runs as the documents have it. Only what changes the user is replaced."""
-    found = re.search(r"^sudo tee /usr/local/bin/tokenauth >/dev/null <<'EOF'\n(.*?)^EOF$", GUIDE, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        r"^sudo tee /usr/local/bin/tokenauth >/dev/null <<'EOF'\n(.*?)^EOF$", GUIDE, re.MULTILINE | re.DOTALL
+    )
     assert found is not None
     script = found[1].replace("/opt/tokenauth/bin/tokenauth", TOKENAUTH).replace("/etc/tokenauth", str(tmp_path))
     for name, text in {"tokenauth": script, "id": "#!/bin/sh\necho 0\n", "runuser": _RUNUSER}.items():
@@ -82,14 +84,14 @@ def test_the_installed_command_has_the_secrets(tmp_path: Path) -> None:
     (tmp_path / "environment").write_text("NAME='a b'\n")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for arguments in (["migrate"], ["user", "list"]):
-        command = [tmp_path / "tokenauth", *arguments]
+        command = [str(tmp_path / "tokenauth"), *arguments]
         subprocess.run(command, env=environment, cwd="/", capture_output=True, check=True)
     assert (tmp_path / "a b.db").exists()
     assert (tmp_path / "ran as").read_text() == "-u tokenauth\n"
 
 
-_RUNUSER = '''#!/bin/sh
+_RUNUSER = """#!/bin/sh
 echo "$1 $2" >> "$(dirname "$0")/ran as"
 shift 3
 exec "$@"
-'''
+"""

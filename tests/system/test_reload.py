@@ -21,7 +21,7 @@ from tests.support.connections import Closed, Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
 from tests.support.ports import free_port
-from tests.support.servers import TOKENAUTH, USERS, Server, serve, spawn, write_config
+from tests.support.servers import ROOT, TOKENAUTH, USERS, Server, serve, spawn, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import Done, mistake, output, run
 from tokenauth.server.control import _prefix
@@ -384,3 +384,24 @@ def test_a_control_socket_that_is_taken_is_said(tmp_path: Path) -> None:
     with spawn([sys.executable, "-c", program, "serve", "-c", str(config), "-p", "0"], tmp_path) as server:
         assert "Address already in use" in server.wait("control_unavailable")["reason"]
         server.wait("started")
+
+
+def test_a_reload_after_an_upgrade_needs_a_restart(tmp_path: Path) -> None:
+    """So old and new code do not run together, except where a killed worker is replaced: that is logged."""
+    package = tmp_path / "installed/tokenauth"
+    shutil.copytree(ROOT / "tokenauth", package, ignore=shutil.ignore_patterns(".*"))  # with its compiled code
+    package.with_name("migrations").symlink_to(ROOT / "migrations")
+    config = write_config(tmp_path)
+    command = [sys.executable, "-m", "tokenauth", "serve", "--config", str(config), "--port", "0", "--workers", "1"]
+    with spawn(command, tmp_path, env={"PYTHONPATH": str(package.parent)}) as server:
+        version = server.wait("started")["version"]
+        with (package / "pools.py").open("a") as file:
+            file.write("# a newer one\n")
+        reason = refused(reload(tmp_path), server.process.pid)
+        installed = reason.removeprefix("tokenauth ").partition(" ")[0]
+        assert installed != version
+        assert reason == f"tokenauth {installed} is installed, and {version} runs: restart tokenauth\n"
+        (running,) = workers_of(server)
+        os.kill(running, signal.SIGKILL)
+        assert "old and new code run together" in server.wait("restart_needed")["detail"]
+        server.wait("started", version=installed)

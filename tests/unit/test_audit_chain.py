@@ -84,7 +84,28 @@ def test_verify_finds_the_first_tampered_line(tmp_path: Path, case: str) -> None
     edit(chain, change)
     verdict = chain.verify()
     assert problem in str(verdict.problem)
-    assert (verdict.position and verdict.position.line) == line
+    position = verdict.problems[0].position
+    assert (position and position.line) == line
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_verify_goes_on_after_each_break(tmp_path: Path, case: str) -> None:
+    """So one changed line does not hide what is done to the log later."""
+    chain = filled(tmp_path, 9)
+    edit(chain, TAMPERED[case][0])
+    chain.append([record(10), record(11), record(12)])
+    before = chain.verify()
+    assert before.breaks == len(before.problems) >= 1
+    edit(chain, lambda lines: [*lines[:-2], lines[-2].replace(b"test", b"best"), lines[-1]])
+    after = chain.verify()
+    assert after.breaks == before.breaks + 1
+    assert "was changed" in after.problems[-1].problem
+
+
+def test_a_wrong_key_counts_all_lines_and_shows_some(tmp_path: Path) -> None:
+    chain = filled(tmp_path, 30, key="a key of the operator")
+    verdict = Chain(chain.path).verify()
+    assert (verdict.breaks, len(verdict.problems), verdict.lines) == (30, 20, 0)
 
 
 @pytest.mark.parametrize("case", TAMPERED)
@@ -103,7 +124,7 @@ def test_a_key_shows_lines_that_were_all_rewritten(tmp_path: Path) -> None:
     chain.head_path.unlink()
     filled(tmp_path, 3)
     assert "line 1" not in str(chain.verify().problem)
-    assert chain.verify().position is not None
+    assert chain.verify().problems[0].position is not None
 
 
 @pytest.mark.parametrize("rest", [b'{"n":4,"action":"te', b"\0" * 70_000, b"{}"])

@@ -75,7 +75,7 @@ def test_sections_that_messages_name_exist() -> None:
     calls = [call for source in sources for call in re.findall(r"[^f] _runbook\((.*)\)", source)]
     runbooks = [*doctor._SECTIONS.values(), *(section for call in calls for section in re.findall(r'"([^"]+)"', call))]
     named |= {("production.md", section) for section in runbooks}
-    assert len(named) > len(doctor._SECTIONS) + 3
+    assert len(named) > len(set(doctor._SECTIONS.values())) + 3
     missing = [f"{file}: {heading}" for file, heading in named if f"# {heading}\n" not in read(f"docs/{file}")]
     assert missing == []
 
@@ -276,7 +276,7 @@ def test_each_metric_has_a_row() -> None:
 
 
 def test_alerts_name_only_metrics_that_exist() -> None:
-    named = set(re.findall(r"\btokenauth_\w+", section(METRICS, "## Five alerts")))
+    named = set(re.findall(r"\btokenauth_\w+", section(METRICS, "## Alerts")))
     assert named
     assert named <= {f"tokenauth_{one.name}" for one in FAMILIES}
 

@@ -50,6 +50,11 @@ _MAX_LINE = 1 << 20
 _HEAD_SIZE = 160
 """Bytes of the head file. It never grows, so it can be written when the disk is full."""
 
+_SHOWN = 20
+"""Breaks of which a check says where they are. With the wrong key, each line is one."""
+
+_CHANGED = "this line was changed or cut, or tokenauth did not write it"
+
 _APPEND = os.O_RDWR | os.O_APPEND
 
 _HASH_FIELD, _HASH_END = b',"hash":"', b'"}'
@@ -94,8 +99,15 @@ class Position(NamedTuple):
     line: int
 
 
+class Break(NamedTuple):
+    """A place where the chain does not go on; without a position, its end."""
+
+    problem: str
+    position: Position | None = None
+
+
 class Verdict(NamedTuple):
-    """What a check has found: how many lines are right, and the first problem, if there is one."""
+    """What a check has found: how many lines are right, and where the chain breaks."""
 
     lines: int = 0
     first: int = 0
@@ -105,10 +117,22 @@ class Verdict(NamedTuple):
     """Of the last line."""
     cut: int = 0
     """How many lines a crash has cut. They are marked, so they are no problem."""
-    problem: str | None = None
-    position: Position | None = None
+    breaks: int = 0
+    """How often the chain breaks. The check goes on from each."""
+    problems: tuple[Break, ...] = ()
+    """The first of these."""
     headless: bool = False
     """Whether there is no head, so that lines missing at the end would not show."""
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong at the first break, if there is one."""
+        return self.problems[0].problem if self.problems else None
+
+    def broken(self, problem: str, position: Position | None = None) -> "Verdict":
+        """Return the verdict with one break more."""
+        shown = [Break(problem, position)] if self.breaks < _SHOWN else []
+        return self._replace(breaks=self.breaks + 1, problems=(*self.problems, *shown))
 
 
 class _Opened(NamedTuple):
@@ -219,15 +243,15 @@ class Chain:
                 opened = [_open_to_read(stack, path) for path in files]
             else:
                 head, opened = self._snapshot(stack)
-            verdict = self._verify(_lines(opened))
-        if head is None or verdict.problem is not None or head.n < verdict.last:
+            verdict, changed = self._verify(_lines(opened))
+        if head is None or changed or head.n < verdict.last:
             return verdict._replace(headless=head is None and not files)
         if head.n > verdict.last:
             missing = head.n - verdict.last
             lines = "the last line is" if missing == 1 else f"the last {missing} lines are"
-            return verdict._replace(problem=f"{lines} missing: {self.head_path.name} knows line {head.n}")
+            return verdict.broken(f"{lines} missing: {self.head_path.name} knows line {head.n}")
         if head.hash != verdict.hash:
-            return verdict._replace(problem=f"the last line is not the one that {self.head_path.name} knows")
+            return verdict.broken(f"the last line is not the one that {self.head_path.name} knows")
         return verdict
 
     def _snapshot(self, stack: ExitStack) -> tuple[Head | None, list[_Opened]]:
@@ -242,29 +266,32 @@ class Chain:
         finally:
             os.close(head_fd)
 
-    def _verify(self, lines: Iterable[tuple[Position, bytes]]) -> Verdict:
-        verdict, broken = Verdict(), None
+    def _verify(self, lines: Iterable[tuple[Position, bytes]]) -> tuple[Verdict, int]:
+        """Check lines, and go on after each break. Return also how many lines at the end are changed ones."""
+        verdict, broken, changed = Verdict(), None, 0
         for position, line in lines:
             found = self._read(line)
+            if broken is not None:
+                if found is not None and _marks_cut(line, broken[1]):
+                    verdict = verdict._replace(cut=verdict.cut + 1)
+                else:
+                    verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
+                broken = None
             if found is None:
-                if broken is not None:
-                    break
                 broken = position, line  # the next line may say that it was cut
                 continue
-            if broken is not None:
-                if not _marks_cut(line, broken[1]):
-                    break
-                verdict, broken = verdict._replace(cut=verdict.cut + 1), None
-            problem = _problem(verdict, found)
-            if problem is not None:
-                return verdict._replace(problem=problem, position=position)
-            verdict = verdict._replace(
-                lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
-            )
+            if not changed or found.n != verdict.last + changed + 1:  # else the changed lines are those in between
+                problem = _problem(verdict, found)
+                if problem is not None:
+                    verdict = verdict.broken(problem, position)
+            changed = 0
+            if found.n > verdict.last:
+                verdict = verdict._replace(
+                    lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
+                )
         if broken is not None:
-            problem = "this line was changed or cut, or tokenauth did not write it"
-            return verdict._replace(problem=problem, position=broken[0])
-        return verdict
+            verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
+        return verdict, changed
 
     def _read(self, line: bytes) -> _Links | None:
         """Return what binds a line to the others; None unless its own hash is right."""

@@ -47,21 +47,26 @@ def audit_log() -> None:
 @click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(dir_okay=False, path_type=Path))
 @click.pass_context
 def audit_verify(context: click.Context, config_file: str | None, as_json: bool, files: tuple[Path, ...]) -> None:
-    """Find lines that were removed, changed or inserted.
+    """Find lines that were removed, changed or inserted. It goes on after each.
 
     Without FILE it checks all files, and that the last line is there. Name other files oldest first. Exit with 1 if
     something is wrong. It says what it cannot find.
     """
     verdict = _chain(config_file, bool(files)).verify(files)
-    where = "" if verdict.position is None else f"{verdict.position.file}, line {verdict.position.line}: "
     if as_json:
-        document = verdict._asdict() | {"ok": verdict.problem is None, "position": None}
-        if verdict.position is not None:
-            document["position"] = {"file": str(verdict.position.file), "line": verdict.position.line}
-        print_json(document)
+        problems = [
+            {"problem": one.problem}
+            | ({} if one.position is None else {"file": str(one.position.file), "line": one.position.line})
+            for one in verdict.problems
+        ]
+        print_json(verdict._asdict() | {"ok": verdict.problem is None, "problems": problems})
     elif verdict.problem is not None:
-        click.echo(printable(f"{where}{verdict.problem}"))
-        click.echo(f"{count(verdict.lines, 'line')} before that: ok" if verdict.lines else "No line before that is ok.")
+        for problem, position in verdict.problems:
+            where = "" if position is None else f"{position.file}, line {position.line}: "
+            click.echo(printable(f"{where}{problem}"))
+        if verdict.breaks > len(verdict.problems):
+            click.echo(f"and {count(verdict.breaks - len(verdict.problems), 'more break')}")
+        click.echo(f"{count(verdict.breaks, 'break')}; {count(verdict.lines, 'line')} ok")
     elif not verdict.lines:
         click.echo("No lines.")
     else:
@@ -80,10 +85,10 @@ def _describe_proof(verdict: "Verdict", other_files: bool) -> Sequence[str]:
         ends = "lines missing at the end would not show, since named files are checked without the .head file"
     elif verdict.headless:
         ends = "lines missing at the end would not show, since there is no valid .head file"
-    lost = f"lines before {verdict.first}" if verdict.first > 1 else "an older log"
+    lost = f"lines before {verdict.first} existed and were" if verdict.first > 1 else "an older log existed and was"
     return [
         f"Shown: no line in between was removed, changed, inserted or moved; {ends}.",
-        f"Not shown: whether {lost} existed and was deleted, with its .head file, or all lines were written again."
+        f"Not shown: whether {lost} deleted, with its .head file, or all lines were written again."
         " For that, compare the last hash with one that you keep elsewhere.",
     ]
 

@@ -298,8 +298,8 @@ def _block(row: Mapping[str, str], headings: Mapping[str, str], width: int) -> s
 
 
 def count(number: int, noun: str) -> str:
-    """Return "1 token", "2 tokens"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Return "1 token", "2,000 tokens"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def utf8(argument: str) -> str:

@@ -203,7 +203,7 @@ def _show(report: "CopyReport", seconds: float) -> None:
     finished = report.in_use is None
     table = Table(box=None, pad_edge=False)
     table.add_column("table")
-    for heading in ("rows", "added", "corrected"):
+    for heading in ("rows", "added", "changed"):
         table.add_column(heading, justify="right")
     if finished:
         table.add_column("SHA-256 of both")
@@ -216,6 +216,6 @@ def _show(report: "CopyReport", seconds: float) -> None:
     if finished:
         rows = count(sum(table.rows for table in report.tables), "row")
         click.echo(
-            printable(f"Copied {rows} from {report.source} to {report.target} in {seconds:.1f} s; both are equal.")
+            printable(f"{report.target} has the {rows} of {report.source}: both are equal. It took {seconds:.1f} s.")
         )
         click.echo("Set database.url before you start the server.")

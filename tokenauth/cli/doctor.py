@@ -42,6 +42,8 @@ _LOW_LIMIT = 4096
 _RENEWAL = 7 * 86400
 """Seconds before its end at which a certificate should have been renewed."""
 
+_FREE_SPACE = 'free some space: docs/production.md, "The disk is full"'
+
 _SKEW = 2.0
 """Seconds by which the clocks of two machines may differ."""
 
@@ -271,7 +273,7 @@ def _disk(directory: Path) -> Finding:
     """Look for room on the disk of the database. What quotas allow, and if the disk works, only a write shows."""
     free = shutil.disk_usage(directory).free
     space = f"{free / (1 << 30):,.1f} GiB" if free >= 1 << 30 else f"{free / (1 << 20):,.1f} MiB"
-    text, fix = f"{space} are free for the database", 'free some space: docs/production.md, "The disk is full"'
+    text, fix = f"{space} are free for the database", _FREE_SPACE
     if free < _FULL_DISK:
         return Finding("error", "disk", text, fix)
     try:
@@ -288,6 +290,11 @@ _SECTIONS = {
     "database is locked": "The database is locked",
     "no host is the primary": "No host is the primary",
     "commits wait": "Commits wait for a standby",
+    "missing": "The database file is gone or was replaced",
+    "replaced": "The database file is gone or was replaced",
+    "full": "The disk is full",
+    "password": "A secret changes",
+    "readonly": "A file has the wrong mode",
 }
 """What a problem has in its text, and the section of the document for it."""
 
@@ -304,7 +311,8 @@ def _missing(report: DatabaseReport, server: ServerSettings, path: Path) -> Find
 
     # The server at the address may be of another configuration, and use another database.
     if find_servers(path) if AVAILABLE else _is_tokenauth(server):
-        return Finding("error", "database", f"{report.name} is missing while a server uses it", PUT_DATABASE_BACK)
+        fix = f'{PUT_DATABASE_BACK}: docs/production.md, "The database file is gone or was replaced"'
+        return Finding("error", "database", f"{report.name} is missing while a server uses it", fix)
     if report.problem is not None:
         return _finding("error", "database", report.problem)
     return Finding("ok", "database", f"{report.name} does not exist yet; `serve` creates it")
@@ -319,8 +327,9 @@ def _schema(report: DatabaseReport, full: bool, sqlite: bool) -> Finding:
     if report.schema is None:
         return _without_tables(report)
     if schema.serves(report.schema):
-        usable = "readable" if full else "readable and writable"
-        return Finding("ok", "database", f"{report.name} is {usable}, with schema {report.schema}")
+        usable = "readable, but not writable" if full else "readable and writable"
+        text = f"{report.name} is {usable}, with schema {report.schema}"
+        return Finding("error" if full else "ok", "database", text, _FREE_SPACE if full else "")
     if report.schema == schema.COPYING:
         return Finding("error", "database", f"{report.name} is {schema.UNFINISHED_COPY}", schema.FINISH_COPY)
     text = f"{report.name} has schema {report.schema}; this release needs {schema.HEAD}"

@@ -19,7 +19,7 @@ from types import FrameType
 
 from msgspec.structs import replace
 
-from tokenauth import logs
+from tokenauth import build, installed_build, logs
 from tokenauth.audit.log import AuditLog
 from tokenauth.errors import ConfigError
 from tokenauth.logs import log
@@ -165,6 +165,13 @@ class _Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def step(self) -> str:
+        """What it does, as far as its reports show."""
+        if self.ready:
+            return "serving"
+        return "opening the database" if self.reported else "loading its code"
 
     def exit_code(self) -> int | None:
         """Return the exit code, or None while the process runs."""
@@ -584,7 +591,7 @@ class Supervisor:
         for worker in self._workers():
             worker.silent_heartbeats += 1
             if worker.silent_heartbeats > _TIMEOUT and not worker.killed:
-                worker.failure = Report("failed", f"sent no report for {_TIMEOUT} seconds")
+                worker.failure = Report("failed", f"sent no report for {_TIMEOUT} seconds, while {worker.step}")
                 worker.kill()
 
     def _reap(self) -> None:
@@ -635,6 +642,9 @@ class Supervisor:
                     delay = slot.vacate(served_seconds)
                     self._totals.crashes += 1
                     log.error("worker_replaced", exit_code=code, reason=worker.reason(), retry_in=delay)
+                    other = self._other_build()
+                    if other is not None:
+                        log.error("restart_needed", detail=f"{other}, or old and new code run together")
 
     def _start_workers(self) -> None:
         """Start a worker in each slot whose delay is over."""
@@ -703,6 +713,10 @@ class Supervisor:
             return
         self._reload_cause = None
         self._manager.reloading()
+        other = self._other_build()
+        if other is not None:
+            self._refuse(cause, other)
+            return
         try:
             with self._signals.interrupting(signal.SIGTERM, signal.SIGINT):
                 configuration = self._file.read_again()
@@ -719,6 +733,16 @@ class Supervisor:
         self._reload = _Reload(configuration, cause, self._differences(configuration), commands)
         self._commands = ()
         self._send_users(configuration.settings)
+
+    def _other_build(self) -> str | None:
+        """Return why workers that start now would not fit to this process, or None.
+
+        They have the code that is installed now.
+        """
+        installed = installed_build()
+        if installed == build():
+            return None
+        return f"tokenauth {installed} is installed, and {build()} runs: restart tokenauth"
 
     def _differences(self, configuration: Configuration) -> Mapping[str, Sequence[str]]:
         """Return what differs from what is served, as names."""
@@ -781,7 +805,9 @@ class Supervisor:
             self._totals.configured = len(self._slots)
             self._replacing, self._replace_deadline = reload, time.monotonic() + _REPLACE_TIME
         elif reload.heartbeats > _TIMEOUT:
-            self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds")
+            steps = [slot.worker.step for slot in reload.slots if slot.worker is not None and not slot.worker.ready]
+            step = f": one is still {steps[0]}" if steps else ""
+            self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds{step}")
 
     def _finish_reload(self) -> None:
         """Say that the new configuration is in use, once no replaced worker takes a request any more."""

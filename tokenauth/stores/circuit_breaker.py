@@ -28,6 +28,12 @@ QUICK = 0.1
 QUIET = 10.0
 """Minimum seconds between two log lines for the same failure."""
 
+WAIT_FOR_WRITES = (
+    "remove the cause, and do not restart before that: log-outs are held in memory. docs/production.md,"
+    ' "When something happens"'
+)
+"""What to do while the database cannot be written."""
+
 Probe = Callable[[], Awaitable[str | None]]
 """Checks what operations need; returns what is wrong, or None."""
 
@@ -53,9 +59,11 @@ class Circuit:
         probe_failed: Callable[[], object] = _do_nothing,
         refusal: Callable[[], StoreUnavailable] = StoreUnavailable,
         probe_ends_outage: bool = False,
+        action: str = "",
     ) -> None:
-        """Log the events `fails` and `works`. Call `opened` when it opens, and `probe_failed` when a probe fails.
+        """Log the events `fails`, with an `action` for people, and `works`.
 
+        Call `opened` when it opens, and `probe_failed` when a probe fails.
         `refusal` makes the errors that it raises. `probe_ends_outage`: a probe does what the end of an outage needs, so
         a probe that began before the circuit opened does not close it.
         """
@@ -67,6 +75,7 @@ class Circuit:
         self._probe = probe
         self._fails = fails
         self._works = works
+        self._action = action
         self._opened = opened
         self._probe_failed = probe_failed
         self._refusal = refusal
@@ -206,7 +215,7 @@ class Circuit:
         if not self._logged and not (reason == last_reason and now < at + QUIET):
             self._logged = True
             self._last_logged = (reason, now)
-            log.error(self._fails, reason=reason)
+            log.error(self._fails, reason=reason, **({"action": self._action} if self._action else {}))
 
 
 def _end(limit: asyncio.Timeout) -> None:

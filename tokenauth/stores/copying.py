@@ -208,7 +208,10 @@ class Side(ABC):
             return
         for table in TABLES:
             if table.table is not marks and await self.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608 - names
-                raise CopyError(f"{self.name} is not empty; copy to a new database, or move this one away first")
+                raise CopyError(
+                    f"{self.name} is not empty; if a copy to it has finished, set database.url to it. Otherwise copy to"
+                    " a new database, or move this one away first"
+                )
         async with self.transaction():
             for statement in _CLEAR_TARGET:
                 await self.fetch(statement)
@@ -353,7 +356,7 @@ class _Copy:
         """Add the rows that come after the last one of the target; return their number."""
         total, done = await self._source.count(table), await self._target.count(table)
         added = 0
-        self._on_progress("copying", table.name, done, total)
+        self._on_progress("copying", table.name, min(done, total), total)  # the source may have fewer rows by now
         last = -(2**63)
         async for batch in _ahead(self._source.stream(table, await self._target.last(table))):
             rows = batch
@@ -361,7 +364,7 @@ class _Copy:
                 rows, last = _with_unique_numbers(batch, last)
             await self._target.add(table, rows)
             added += len(rows)
-            self._on_progress("copying", table.name, done + added, max(done + added, total))
+            self._on_progress("copying", table.name, min(done + added, total), total)
         return added
 
     async def _compare(self, table: CopiedTable, added: int) -> TableReport:

@@ -20,7 +20,7 @@ from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, ChangeKind, Writer
 from tokenauth.stores.changes.clock import PROBE, SaveTime, write_clock
 from tokenauth.stores.changes.request_rows import keep_places
-from tokenauth.stores.circuit_breaker import Circuit
+from tokenauth.stores.circuit_breaker import WAIT_FOR_WRITES, Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate
@@ -170,6 +170,7 @@ class Connections:
             probe_failed=self._abort_writing,
             refusal=self._not_writable,
             probe_ends_outage=True,
+            action=WAIT_FOR_WRITES,
         )
         self.start_probe = self._reading.start_probe
 

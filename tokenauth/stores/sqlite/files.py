@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,10 +30,14 @@ def find_problem(path: str) -> str | None:
         return problem
     if os.path.isdir(path):
         return f"{path} is a directory; add a file name to database.url"
-    for suffix in _SUFFIXES:
-        problem = _file_problem(path + suffix)
+    names = [path + suffix for suffix in _SUFFIXES]
+    for name in names:
+        problem = _file_problem(name)
         if problem is not None:
             return problem
+    unusable = [name for name in names if not _is_usable(name)]
+    if unusable:
+        return _not_usable(unusable)
     return None if os.path.exists(path + "-wal") and os.path.exists(path + "-shm") else _forbidden(directory, path)
 
 
@@ -54,11 +58,20 @@ def _file_problem(name: str) -> str | None:
         return None
     except OSError as error:
         return f"{name} cannot be opened: {error.strerror}; change database.url"
-    if not stat.S_ISREG(mode):
-        return f"{name} is not a regular file; move it away, or change database.url"
-    if _allowed(name, os.R_OK | os.W_OK) or os.statvfs(name).f_flag & os.ST_RDONLY:
-        return None
-    return f"{name} is not readable and writable for this user; {_REMEDY}"
+    return None if stat.S_ISREG(mode) else f"{name} is not a regular file; move it away, or change database.url"
+
+
+def _is_usable(name: str) -> bool:
+    """Return whether a file does not keep the database from being used: it may not exist, or be on a read-only disk."""
+    return not os.path.exists(name) or _allowed(name, os.R_OK | os.W_OK) or bool(os.statvfs(name).f_flag & os.ST_RDONLY)
+
+
+def _not_usable(names: Sequence[str]) -> str:
+    """Say that this user may not read and write files. SQLite gives the others the mode of the database file."""
+    owned = all(os.stat(name).st_uid == os.geteuid() for name in names)
+    remedy = f"run `chmod u+rw {' '.join(names)}`, then restart tokenauth" if owned else _REMEDY
+    verb = "is" if len(names) == 1 else "are"
+    return f"{' and '.join(names)} {verb} not readable and writable for this user; {remedy}"
 
 
 def _forbidden(directory: str, path: str) -> str | None:
@@ -69,7 +82,7 @@ def _forbidden(directory: str, path: str) -> str | None:
     if not _allowed(directory, os.W_OK | os.X_OK):
         return f"the directory {directory} is not writable for this user; {_REMEDY}"
     if os.path.exists(path) and not _allowed(path, os.R_OK | os.W_OK):
-        return f"{path} is not readable and writable for this user; {_REMEDY}"
+        return _not_usable([path])
     return None
 
 

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import math
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ from tokenauth.stores import schema
 from tokenauth.stores.batching import Batch, Writer
 from tokenauth.stores.changes.clock import write_clock, write_probe
 from tokenauth.stores.changes.request_rows import keep_places
-from tokenauth.stores.circuit_breaker import PROBE_TIMEOUT, Circuit
+from tokenauth.stores.circuit_breaker import PROBE_TIMEOUT, WAIT_FOR_WRITES, Circuit
 from tokenauth.stores.engine import Change
 from tokenauth.stores.sqlite.files import abandoned_wal, existing, file_size, find_problem
 from tokenauth.stores.sqlite.reader import ERRORS, reason
@@ -70,6 +71,12 @@ _PRAGMAS = (
 _LOCKED = "database is locked"
 """SQLite's message after it has waited long enough for another program's lock."""
 
+_READ_ONLY = "attempt to write a readonly database"
+"""SQLite's message if it could open one of its files for reading only."""
+
+_IO_ERROR, _FULL_DISK = "disk I/O error", 4 << 20
+"""SQLite's message for an error of the system, such as a -shm file without room; and bytes that a start needs."""
+
 _BAD_CHANGE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 """Errors caused by one bad change, not by a broken database."""
 
@@ -96,6 +103,7 @@ class SqliteWriter:
             opened=lambda: self._writer.refuse_waiting(self._not_writable()),
             refusal=self._not_writable,
             probe_ends_outage=True,
+            action=WAIT_FOR_WRITES,
         )
         self._probing: asyncio.Future[str | None] | None = None
         self._checkpoint_problem: str | None = None
@@ -334,6 +342,12 @@ class SqliteWriter:
 
     def _explain(self, problem: str) -> str:
         """Add what the operator can do to SQLite's message."""
+        if problem == _READ_ONLY:
+            reason = find_problem(self.path)
+            return problem if reason is None else f"{problem}: {reason}"
+        if problem.startswith(_IO_ERROR):
+            free = shutil.disk_usage(os.path.dirname(self.path)).free
+            return problem if free >= _FULL_DISK else f"{problem}: the disk is full, {free >> 10:,} KiB are free"
         if problem != _LOCKED:
             return problem
         return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
