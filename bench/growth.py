@@ -461,10 +461,11 @@ class GrowthRows:
         def cost(tokens: int) -> float:
             config = self._config(tokens)
             self._databases.expire(config, EXPIRED)
-            with world.tokenauth(config) as server:
-                used = self._swept(server, config, EXPIRED)
-            with world.tokenauth(config) as server:
-                return (used - self._swept(server, config, 0)) / EXPIRED * 1e6
+            with machine.in_memory(self._databases.files(config)):
+                with world.tokenauth(config) as server:
+                    used = self._swept(server, config, EXPIRED)
+                with world.tokenauth(config) as server:
+                    return (used - self._swept(server, config, 0)) / EXPIRED * 1e6
 
         def sample() -> Sample:
             small, medium, large = map(cost, SIZES.values())
@@ -490,7 +491,7 @@ class GrowthRows:
 
         def sample() -> Sample:
             random = Random(0)
-            with world.tokenauth(config) as server:
+            with machine.in_memory(self._databases.files(config)), world.tokenauth(config) as server:
                 mix = Mix(server, random, LARGE, _is_known)
                 saturated = traffic.run(server.port, mix.makers, traffic.at_once(10_000, WEIGHTS, random))
                 calm = traffic.run(
@@ -499,7 +500,7 @@ class GrowthRows:
                     traffic.at_random(saturated.rate / 2, 2 * self._seconds, WEIGHTS, random),
                 )
             self._databases.expire(config, BACKLOG)
-            with world.tokenauth(config) as server:
+            with machine.in_memory(self._databases.files(config)), world.tokenauth(config) as server:
                 mix = Mix(server, random, LARGE, _is_known)
                 before, began = self._databases.count_expired(config), time.monotonic()
                 plan = traffic.at_random(saturated.rate / 2, 4 * self._seconds, WEIGHTS, random)
