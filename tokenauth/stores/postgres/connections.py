@@ -399,11 +399,14 @@ class Connections:
         return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Replace a connection that was closed, is older than the last outage, or has committed without standbys."""
+        """Replace a connection that was closed, is older than the last outage, or has committed without standbys.
+
+        Also one to a former primary, which is about to be closed.
+        """
         opened = connection.driver_connection
         openings = self._reading.openings
         is_older = record.info.setdefault("openings", openings) != openings
-        if opened.is_closed() or is_older or opened.unconfirmed:
+        if opened.is_closed() or is_older or opened.unconfirmed or self._primaries.is_former(opened):
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:

@@ -145,19 +145,22 @@ class Primaries:
         return chosen
 
     def _note(self, found: Primary) -> None:
-        """Note the timeline of a server; close the connections to the one that it has replaced, if it has."""
+        """Note the timeline of a server; close the connections to the one that it has replaced, if it has.
+
+        They are closed when what has just been answered on them was taken: asyncpg fails otherwise.
+        """
         if found.timeline > self._newest.get(found.system, 0):
             self._newest[found.system] = found.timeline
             self.promotions += 1
-            for one in filter(self._is_former, [*self._open]):
-                one.terminate()
+            for one in filter(self.is_former, [*self._open]):
+                asyncio.get_running_loop().call_soon(one.terminate)
 
-    def _is_former(self, connection: Primary) -> bool:
+    def is_former(self, connection: Primary) -> bool:
         """Return whether another server has been promoted since this one was."""
         return connection.timeline < self._newest.get(connection.system, 0)
 
     def _latest(self, found: Iterable[Primary]) -> Primary | None:
-        return next((one for one in found if not self._is_former(one)), None)
+        return next((one for one in found if not self.is_former(one)), None)
 
 
 def _place(arguments: Mapping[str, Any]) -> str:
