@@ -1,6 +1,6 @@
 """A store whose operations fail when a test says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenauth.models import Instant, Token, TokenKind
@@ -25,10 +25,10 @@ class Faulty:
             raise self.reading
         return await self._tokens.get(digest)
 
-    async def issue(self, token: Token, per_user: int, now: Instant) -> None:
+    async def issue(self, token: Token, per_user: int, now: Instant) -> Sequence[bytes]:
         if self.writing is not None:
             raise self.writing
-        await self._tokens.issue(token, per_user, now)
+        return await self._tokens.issue(token, per_user, now)
 
     async def revoke(self, digest: bytes, now: Instant) -> bool:
         self.poisoned |= digest == self.poison

@@ -25,7 +25,7 @@ def _respond(scope: Scope, error: Exception) -> Response:
             route=route_path(scope),
             scope=getattr(error, "logged_scope", ""),
             reason=error.code,
-            problem=str(error) if isinstance(error, Forbidden) else "",
+            **({"problem": str(error)} if isinstance(error, Forbidden) else {}),
         )
     return error_response(error)
 

@@ -135,7 +135,7 @@ class ForwardAuth(Endpoint):
             route=PATH,
             scope=self._tokens.known_scopes(asked),
             reason=refusal.code,
-            problem=str(refusal) if isinstance(refusal, Forbidden) else "",
+            **({"problem": str(refusal)} if isinstance(refusal, Forbidden) else {}),
         )
 
 
