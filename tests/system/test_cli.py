@@ -439,7 +439,7 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     heading, *lines = output(run(served.log.parent, "tokens", "list")).splitlines()
     assert heading.split() == ["id", "user", "kind", "issued", "expires", "last", "use", "address", "agent"]
     assert lines[0].endswith(f" {'y' * 39}…")
-    assert "  never or only at first  127.0.0.1  " in lines[0]
+    assert "  none noted  127.0.0.1  " in lines[0]
     assert not any(line.endswith(" ") for line in (heading, *lines))
     assert listed(served)[0]["user_agent"] == "y" * 100
     for value in values:

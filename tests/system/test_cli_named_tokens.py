@@ -160,7 +160,7 @@ def test_a_scan_names_the_live_tokens_in_a_text(home: Path, client: httpx.Client
     assert (rows[1]["address"], rows[1]["last_used_at"]) == ("127.0.0.1", None)
     heading, *lines = table.stdout.splitlines()
     assert "last use" in heading
-    assert [line for line in lines if "never or only at first" not in line] == []
+    assert [line for line in lines if "none noted" not in line] == []
     for value in (named, login, ended):
         assert value not in done.stdout + done.stderr + table.stdout + table.stderr
     assert probe(client, named), "only --revoke ends them"

@@ -98,7 +98,7 @@ def test_a_leaked_token_is_found_and_ended(server: Server) -> None:
             {"NAME": "ann", "TOKEN": other, "tokens revoke --id ID": f"tokens revoke --id {id}", "ID": replaced},
         )
         looked, scanned, again, acts = first
-        assert all(part in looked for part in ("ann", "nightly", "127.0.0.1", "never or only at first", "last use"))
+        assert all(part in looked for part in ("ann", "nightly", "127.0.0.1", "none noted", "last use"))
         assert "revoked" in scanned
         assert again == "No live tokens.\n"
         assert "login ok, by ann" in acts

@@ -302,7 +302,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, what: str) -> None:
     if not as_json:
         for row in rows:
             row["user_agent"] = short_name(row["user_agent"])
-            row["last_used_at"] = row["last_used_at"] or "never or only at first"
+            row["last_used_at"] = row["last_used_at"] or "none noted"
             if row["status"] == "valid":
                 row["status"] = None
     show(rows, as_json, what, instants=("issued_at", "expiry_time", "last_used_at"))

@@ -47,8 +47,8 @@ class TokenAuth(httpx.Auth):
     `InvalidCredentials`, `TooManyAttempts` or `IssuerUnavailable` of `tokenauth.errors`. A request waits for the login
     of another no longer than for its own response, and then raises `IssuerUnavailable`.
 
-    A login that is not ended lives until it expires, and a user has only so many: the oldest gives way to a new one. A
-    program that ends within that time ends its login with `client.delete("https://auth.example.com/api/token")`.
+    A login lives until it expires, and a login beyond `tokens.per_user` ends the user's oldest one. So end it when the
+    program ends: `client.delete("https://auth.example.com/api/token")`.
 
     **Parameters:**
 

@@ -252,9 +252,14 @@ class ClientLease(Generic[Event]):
         self._repeats_left -= 1
         return _random(0.2)
 
+    @property
+    def _is_named(self) -> bool:
+        """Whether the caller named the request: a program that is restarted gets its place, or its lease."""
+        return self._terms.request is not None
+
     def _leave_request(self) -> RequestArguments | None:
-        """Return the request that leaves the line; None if there is no place to give up, or the caller named it."""
-        if not self._may_be_in_line or self._terms.request is not None:
+        """Return the request that leaves the line; None if there is no place to give up."""
+        if not self._may_be_in_line:
             return None
         return {"method": "DELETE", "url": f"{self._pool_url}/requests/{self._request}"}
 

@@ -157,7 +157,9 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         return lease._acquired(response)
 
     def _give_up(self, lease: SyncLease) -> None:
-        """Leave the line. Release what was granted meanwhile."""
+        """Leave the line, and release what was granted meanwhile, unless the caller named the request."""
+        if lease._is_named:
+            return
         left = self._try(lease._leave_request())
         if left is not None and left.status_code != 204:
             response = self._try(lease._recover_request())
@@ -266,7 +268,11 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
         return lease._acquired(response)
 
     async def _give_up(self, lease: AsyncLease, asking: "asyncio.Task[httpx.Response] | None") -> None:
-        """Leave the line. Release what was granted meanwhile."""
+        """Leave the line, and release what was granted meanwhile, unless the caller named the request."""
+        if lease._is_named:
+            if asking is not None:
+                asking.cancel()
+            return
         left = await self._try(lease._leave_request())
         gone = left is not None and left.status_code == 204
         response = None

@@ -4,11 +4,11 @@ import asyncio
 import sys
 
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from tokenauth.errors import Forbidden, InsufficientScope, StartError, Stopping
+from tokenauth.errors import Forbidden, InsufficientScope, Refusal, StartError, Stopping
 from tokenauth.logs import describe, log
 from tokenauth.web.exceptions import NotFound
 from tokenauth.web.http_context import set_current_request
@@ -19,15 +19,15 @@ from tokenauth.web.routing import route_path
 def _respond(scope: Scope, error: Exception) -> Response:
     """Return the response to an exception. Log the user if a right is missing."""
     if isinstance(error, InsufficientScope | Forbidden):
-        log.warning(
-            "access_denied",
-            user=scope["user"].username if "user" in scope else "(unknown)",
-            route=route_path(scope),
-            scope=getattr(error, "logged_scope", ""),
-            reason=error.code,
-            **({"problem": str(error)} if isinstance(error, Forbidden) else {}),
-        )
+        user = scope["user"].username if "user" in scope else "(unknown)"
+        log_denied(user, route_path(scope), error, getattr(error, "logged_scope", ""))
     return error_response(error)
+
+
+def log_denied(username: str, route: str, refusal: Refusal, missing: str) -> None:
+    """Log that a right is missing: scopes, or what the text of the refusal says."""
+    problem = {"problem": str(refusal)} if isinstance(refusal, Forbidden) else {}
+    log.warning("access_denied", user=username, route=route, scope=missing, reason=refusal.code, **problem)
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +42,8 @@ def _has_a_slash_too_many(scope: Scope) -> bool:
     """Return whether there is a route for the path without its last slash."""
     path: str = scope["path"]
     shorter = {**scope, "path": path[:-1]}
-    return path.endswith("/") and any(route.matches(shorter)[0] is not Match.NONE for route in scope["router"].routes)
+    routes = (route for route in scope["router"].routes if not isinstance(route, Mount))  # what is below, it knows
+    return path.endswith("/") and any(route.matches(shorter)[0] is not Match.NONE for route in routes)
 
 
 class ErrorMiddleware:

@@ -8,7 +8,7 @@ class NotFound(Refusal):
 
     code = "not_found"
     description = "There is nothing at this address."
-    of_slash = "There is nothing at this address. Send the request to the one without the slash at its end."
+    of_slash = "There is nothing at this address. Remove the slash at the end."
 
 
 class MethodNotAllowed(Refusal):

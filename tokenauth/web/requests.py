@@ -369,7 +369,7 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 def _where(error: msgspec.DecodeError) -> str:
     """Return what is wrong with JSON, and at which byte. msgspec repeats nothing of it."""
     problem = str(error).removeprefix("JSON is malformed: ")
-    return "it, or an escape sequence in it, is cut off" if problem == "Input data was truncated" else problem
+    return "it ends too early, or an escape sequence in it does" if problem == "Input data was truncated" else problem
 
 
 def _refuse_duplicates(fields: Collection[str], pairs: list[tuple[str, object]]) -> None:
@@ -428,7 +428,11 @@ def _in_json_terms(problem: str) -> str:
     problem, in_array, _ = problem.partition(" - at ")
     expected, sent, got = problem.partition(", got ")
     words = _replace_types(expected, _EXPECTED).removesuffix(".0")
-    for old, new in (("Expected", "must be"), (">=", "of at least"), ("<=", "of at most"), ("Number", "the number is")):
+    for old, new in (
+        *(("Expected", "must be"), ("Number", "the number is")),
+        *(("of length >=", "of length at least"), ("of length <=", "of length at most")),
+        *((">=", "of at least"), ("<=", "of at most")),
+    ):
         words = words.replace(old, new)
     return f"{'each ' * bool(in_array)}{words}{', not ' * bool(sent)}{_replace_types(got, _SENT)}"
 

@@ -175,7 +175,7 @@ def test_one_login_is_ended_and_then_all_others(page: Page, server: Server, clie
     mine = client.get("/api/tokens", headers={"X-Token": log_in(client, "ann", "ann-secret")}).json()["tokens"]
     tokens = [log_in(client, "ann", "ann-secret", headers={"User-Agent": f"job-{number}"}) for number in range(3)]
     assert len(mine) == 2
-    expect(row(page, "My logins", "job-1")).to_contain_text("never or only at first")
+    expect(row(page, "My logins", "job-1")).to_contain_text("none noted")
     row(page, "My logins", "job-1").get_by_role("button").click(timeout=15_000)
     expect(page.get_by_role("dialog")).to_contain_text("job-1 from 127.0.0.1")
     confirm(page, "End login")
@@ -503,7 +503,7 @@ def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, clie
     find_leaked(page, f"secret GET /?token={bob}\n> {named[:30]}\n> {named[30:]}\n")
     expect(dialog).to_contain_text("2 live tokens are in the text.")
     assert violations(page) == []
-    for each in ("bob: job-1", "ann: nightly", "from 127.0.0.1", "never or only at first"):
+    for each in ("bob: job-1", "ann: nightly", "from 127.0.0.1", "none noted"):
         expect(dialog).to_contain_text(each)
     assert [probe(client, token) for token in (bob, named)] == [True, True]
     dialog.get_by_role("button", name="End them").click()

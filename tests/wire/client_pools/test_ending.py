@@ -149,13 +149,17 @@ async def test_a_token_granted_after_a_cancel_is_released(login: dict[str, str],
     assert admin.counts("permit") == (1, 0)
 
 
-async def test_several_tokens_granted_before_a_cancel_are_released(
-    login: dict[str, str], admin: PoolUser, server: Server, watch: Watch
+@pytest.mark.parametrize("name", [None, "the-name-of-the-caller"], ids=["own", "named"])
+async def test_several_tokens_granted_before_a_cancel(
+    login: dict[str, str], admin: PoolUser, server: Server, watch: Watch, name: str | None
 ) -> None:
-    """They were waited for, and the response to the first keep-alive of one of them is in flight."""
+    """They were waited for, and the response to the first keep-alive of one of them is in flight.
+
+    They are released, unless the caller named the request: a program that is restarted gets them.
+    """
 
     async def hold() -> None:
-        async with pools.lease("permits", count=MANY, wait=60):
+        async with pools.lease("permits", count=MANY, wait=60, request=name):
             raise AssertionError("it was cancelled")
 
     def hold_the_next() -> None:
@@ -182,7 +186,13 @@ async def test_several_tokens_granted_before_a_cancel_are_released(
             assert admin.counts("permits") == (0, MANY)
             granted.clear()
             proxy.resume()
-        assert admin.counts("permits") == (MANY, 0)
+        assert admin.counts("permits") == ((0, MANY) if name else (MANY, 0))
+        if name:
+            async with (
+                AsyncPoolClient(server.url, headers=login) as after,
+                after.lease("permits", count=MANY, wait=60, request=name) as same,
+            ):
+                assert len(same.grants) == MANY
 
 
 async def test_a_task_cancelled_twice_releases_its_token(login: dict[str, str], admin: PoolUser, proxy: Proxy) -> None:

@@ -138,6 +138,7 @@ def _revoked(chosen: CTE) -> Select[Any]:
     logged = (
         insert(revocations)
         .from_select(["digest", "at"], select(gone.c.digest, _now), include_defaults=False)
+        .returning(revocations.c.digest)
         .cte("logged")
     )
     some = bindparam("notifies", type_=Boolean()) & (func.count() > 0)

@@ -16,6 +16,7 @@ from tokenauth.metrics import ValidationCounts
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
 from tokenauth.web.browser_auth import BrowserAuth
+from tokenauth.web.error_handling import log_denied
 from tokenauth.web.exceptions import RetryableInternalError
 from tokenauth.web.http_context import set_current_request
 from tokenauth.web.requests import bearer, header_token, query_pairs
@@ -129,14 +130,7 @@ class ForwardAuth(Endpoint):
     def _log_denied(self, token: Token, refusal: Refusal) -> None:
         """Log who may not pass, and what is wrong with the query: the client may get a page of the proxy only."""
         asked = refusal.scope.split(" ") if isinstance(refusal, InsufficientScope) else []
-        log.warning(
-            "access_denied",
-            user=token.username,
-            route=PATH,
-            scope=self._tokens.known_scopes(asked),
-            reason=refusal.code,
-            **({"problem": str(refusal)} if isinstance(refusal, Forbidden) else {}),
-        )
+        log_denied(token.username, PATH, refusal, self._tokens.known_scopes(asked))
 
 
 def _has_token(scope: Scope, x_token_only: bool) -> bool:

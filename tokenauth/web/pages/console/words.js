@@ -46,7 +46,7 @@ export function count(number, one, many = `${one}s`) {
 }
 
 /** What is said of a token of which no use is known: those of its first hour are not noted. */
-export const NO_USE = "never or only at first";
+export const NO_USE = "none noted";
 
 const BROWSERS = [
   ["Edg/", "Edge"],
