@@ -1,6 +1,7 @@
 """tokenauth issues, validates and revokes bearer tokens, and leases tokens from pools."""
 
 import os
+import re
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -22,10 +23,12 @@ def build() -> str:
 def installed_build() -> str:
     """Return the version with a digest of the package's files, which tells two builds of one version apart.
 
-    A wheel and its checkout have the same. It takes about 10 milliseconds.
+    Both are read from the files: an upgrade may have replaced those that run. A wheel and its checkout have the same.
+    It takes about 10 milliseconds.
     """
     package = os.path.dirname(__file__)
     digest = sha256()
+    version = __version__
     for directory, names, files in os.walk(package):
         names[:] = sorted({*names} - {"migrations", "__pycache__"})  # a checkout has the migrations elsewhere
         for name in sorted(files):
@@ -33,8 +36,11 @@ def installed_build() -> str:
             if name.endswith((".py", ".js", ".html", ".css")) and not name.startswith("."):
                 path = os.path.join(directory, name)
                 with suppress(OSError), open(path, "rb") as file:
-                    digest.update(f"{path.removeprefix(package)}\0".encode() + file.read() + b"\0")
-    return f"{__version__}+{digest.hexdigest()[:8]}"
+                    content = file.read()
+                    digest.update(f"{path.removeprefix(package)}\0".encode() + content + b"\0")
+                    if path == __file__ and (found := re.search(rb'^__version__ = "([\w.]+)"', content, re.MULTILINE)):
+                        version = found[1].decode()
+    return f"{version}+{digest.hexdigest()[:8]}"
 
 
 def __getattr__(name: str) -> object:

@@ -360,7 +360,8 @@ def logged_revocation(log_end: Callable[..., object], **fields: str) -> Iterator
 
 def _log_lost(held: Iterable[bytes], dropped: int) -> None:
     for digest in held:
-        log.error("revocation_lost", id=public_id(digest), action="revoke it by id once the store is back")
+        id = public_id(digest)
+        log.error("revocation_lost", id=id, action=f"run `tokenauth tokens revoke --id {id}` once the store is back")
     if dropped:
         log.error("revocations_lost", count=dropped, action="revoke all tokens once the store is back")
 

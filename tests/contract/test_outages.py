@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Self
 
@@ -461,6 +462,28 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places, m
     os.close(write)
     await place.store.save_time(START)
     assert [entry["event"] for entry in logs] == ["store_not_writable", "store_writable_again"]
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_disk_that_cannot_be_measured_is_an_outage(places: Places) -> None:
+    """A network disk that is gone fails to say how much is free, too."""
+    place = await places.open()
+    file = Path(make_url(place.url).database or "")
+    directory = file.parent
+    moved = directory.with_name("moved")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = file.with_name(file.name + "-wal").stat().st_size
+    directory.rename(moved)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with structlog.testing.capture_logs() as logs:
+            await refused(place, WRITES["tokens.issue"])
+            assert await place.store.ready() is not None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        moved.rename(directory)
+    (said,) = [entry["reason"] for entry in logs if entry["event"] == "store_not_writable"]
+    assert said == "disk I/O error"
 
 
 @pytest.mark.parametrize("places", ["sqlite"], indirect=True)

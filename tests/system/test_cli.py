@@ -640,13 +640,40 @@ def test_files_that_are_not_writable_say_how_to_mend_them(home: Path) -> None:
             return str(server.wait("store_not_writable")["reason"])
 
     file.chmod(0o400)
-    assert f"run `chmod u+rw {file} {both}`, then restart tokenauth" in reason()
-    assert f"run `chmod u+rw {file} {both}`, then restart tokenauth" in mistake(run_as_user(home, "check"))
+    assert reason().endswith(f"run `chmod u+rw {file} {both}`, then reload tokenauth")
+    assert mistake(run_as_user(home, "check")).endswith(f"run `chmod u+rw {file} {both}`")
     file.chmod(0o600)
-    assert f"{others[-1]}`, then restart tokenauth" in reason(), "the -wal file may have been made again"
+    assert f"{others[-1]}`, then reload tokenauth" in reason(), "the -wal file may have been made again"
     for other in others:
         other.chmod(0o600)
     assert output(run_as_user(home, "check"))
+
+
+@pytest.mark.extended
+def test_log_outs_before_a_mode_is_mended_are_not_lost(home: Path) -> None:
+    """After the documented `chmod` and reload. A restart would lose them: its workers cannot write any more."""
+    database = home / "tokenauth.db"
+    with worker(home / "config.toml") as before, before.client() as client:
+        token = log_in(client, "ann", "ann-secret")
+    database.chmod(0o400)
+    with spawn([*as_user(), TOKENAUTH, "serve", "--port", "0", "--workers", "1"], home) as server:
+        server.wait("started")
+        server.port = server.wait("listening")["port"]
+        with server.client() as client:
+            headers = {"Authorization": f"Bearer {token}"}
+            assert probe(client, token)
+            assert client.delete("/api/token", headers=headers).status_code == 200
+            held = server.wait("revocation_held_in_memory")
+            reason = server.wait("store_not_writable")["reason"]
+            chmod, _, then = reason.rpartition("run `")[2].partition("`, then ")
+            assert then == "reload tokenauth"
+            subprocess.run(chmod.split(), check=True)
+            assert run_as_user(home, "reload").returncode == 0
+            assert server.wait("token_revoked", late=True)["id"] == held["id"]
+        with server.client() as client:
+            assert log_in(client, "ann", "ann-secret")
+    with worker(home / "config.toml") as after, after.client() as client:
+        assert not probe(client, token)
 
 
 def as_user() -> list[str]:

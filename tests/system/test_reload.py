@@ -24,6 +24,7 @@ from tests.support.ports import free_port
 from tests.support.servers import ROOT, TOKENAUTH, USERS, Server, serve, spawn, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import Done, mistake, output, run
+from tokenauth import __version__
 from tokenauth.server.control import _prefix
 
 POOL = "[pools.licences]\ncapacity = 3\n"
@@ -395,11 +396,11 @@ def test_a_reload_after_an_upgrade_needs_a_restart(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tokenauth", "serve", "--config", str(config), "--port", "0", "--workers", "1"]
     with spawn(command, tmp_path, env={"PYTHONPATH": str(package.parent)}) as server:
         version = server.wait("started")["version"]
-        with (package / "pools.py").open("a") as file:
-            file.write("# a newer one\n")
+        start = (package / "__init__.py").read_text()
+        (package / "__init__.py").write_text(start.replace(f'"{__version__}"', '"0.99.0"'))
         reason = refused(reload(tmp_path), server.process.pid)
         installed = reason.removeprefix("tokenauth ").partition(" ")[0]
-        assert installed != version
+        assert installed.startswith("0.99.0+")
         assert reason == f"tokenauth {installed} is installed, and {version} runs: restart tokenauth\n"
         (running,) = workers_of(server)
         os.kill(running, signal.SIGKILL)

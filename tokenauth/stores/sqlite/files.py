@@ -24,6 +24,13 @@ _ELSEWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOO
 def find_problem(path: str) -> str | None:
     """Return why this user cannot open or create a database at an absolute path, or None."""
     path = os.path.realpath(path)
+    try:
+        return _find_problem(path)
+    except OSError as error:  # a disk that fails, or a file that was just moved
+        return f"{path} cannot be looked at: {error.strerror}"
+
+
+def _find_problem(path: str) -> str | None:
     directory = os.path.dirname(path)
     problem = _directory_problem(directory)
     if problem is not None:
@@ -69,7 +76,7 @@ def _is_usable(name: str) -> bool:
 def _not_usable(names: Sequence[str]) -> str:
     """Say that this user may not read and write files. SQLite gives the others the mode of the database file."""
     owned = all(os.stat(name).st_uid == os.geteuid() for name in names)
-    remedy = f"run `chmod u+rw {' '.join(names)}`, then restart tokenauth" if owned else _REMEDY
+    remedy = f"run `chmod u+rw {' '.join(names)}`" if owned else _REMEDY
     verb = "is" if len(names) == 1 else "are"
     return f"{' and '.join(names)} {verb} not readable and writable for this user; {remedy}"
 

@@ -81,6 +81,10 @@ _BAD_CHANGE = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingErr
 """Errors caused by one bad change, not by a broken database."""
 
 
+class _NotWritten(Exception):
+    """The file is locked, full, read-only or broken: not the fault of any caller. It says what to do."""
+
+
 class SqliteWriter:
     """Makes changes in batches, probes while they fail, and checks that the -wal file can be copied."""
 
@@ -210,13 +214,7 @@ class SqliteWriter:
                 if not await work:  # the lock was not acquired in time
                     work = self._submit(partial(self._make, batch, given_up))
                     await work
-            except ERRORS as error:
-                if isinstance(error, _BAD_CHANGE):
-                    raise
-                # locked, full, read-only or broken: not the fault of any caller
-                self._circuit.failed(self._explain(reason(error)), began)
-                raise self._not_writable() from error
-            except Overloaded as error:  # its thread could not be started
+            except (_NotWritten, Overloaded) as error:  # or its thread could not be started
                 self._circuit.failed(str(error), began)
                 raise self._not_writable() from error
             finally:
@@ -233,7 +231,18 @@ class SqliteWriter:
             work.set_result(False)
 
     def _make(self, batch: Batch, given_up: threading.Event, wait: LockWait | None = None) -> bool:
-        """Make and commit a batch, in a thread; False if the wait for the write lock was given up."""
+        """Make and commit a batch, in a thread; False if the wait for the write lock was given up.
+
+        Raises _NotWritten.
+        """
+        try:
+            return self._make_locked(batch, given_up, wait)
+        except ERRORS as error:
+            if isinstance(error, _BAD_CHANGE):
+                raise
+            raise _NotWritten(self._explain(reason(error))) from error
+
+    def _make_locked(self, batch: Batch, given_up: threading.Event, wait: LockWait | None) -> bool:
         if wait is None:
             self._make_now(batch, given_up)
             return True
@@ -341,13 +350,15 @@ class SqliteWriter:
         return StoreUnavailable(None if self.file_replaced else StoreUnavailable.of_writes)
 
     def _explain(self, problem: str) -> str:
-        """Add what the operator can do to SQLite's message."""
+        """Add what the operator can do to SQLite's message. It looks at files, which may take as long as any write."""
         if problem == _READ_ONLY:
             reason = find_problem(self.path)
-            return problem if reason is None else f"{problem}: {reason}"
+            return problem if reason is None else f"{problem}: {reason}, then reload tokenauth"
         if problem.startswith(_IO_ERROR):
-            free = shutil.disk_usage(os.path.dirname(self.path)).free
-            return problem if free >= _FULL_DISK else f"{problem}: the disk is full, {free >> 10:,} KiB are free"
+            with suppress(OSError):  # the disk may be gone altogether
+                free = shutil.disk_usage(os.path.dirname(self.path)).free
+                return problem if free >= _FULL_DISK else f"{problem}: the disk is full, {free >> 10:,} KiB are free"
+            return problem
         if problem != _LOCKED:
             return problem
         return f"{_LOCKED}. Another program holds a lock on {self.path}: find it with `fuser -v {self.path}`"
