@@ -153,6 +153,12 @@ def test_a_command_works_without_the_audit_log(home: Path) -> None:
     assert "warning  audit log:" in run(home, "doctor").stdout
 
 
+UNBOUND = (
+    "Not shown: whether lines before the last break were written again, since there is no audit.key."
+    " Only lines after it are bound to the .head file.\n"
+)
+
+
 def test_verify_says_where_a_line_is_missing(home: Path) -> None:
     for name in ("ann", "bob"):
         output(run(home, "user", "remove", name))
@@ -161,7 +167,7 @@ def test_verify_says_where_a_line_is_missing(home: Path) -> None:
     file.write_bytes(first + last)
     problem = "line 2 is missing here, or moved: this is line 3"
     done = run(home, "audit", "verify")
-    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 break; 2 lines ok\n")
+    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 break; 2 lines ok\n{UNBOUND}")
     done = run(home, "audit", "verify", "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["breaks"]) == (1, False, 1)
@@ -184,6 +190,47 @@ def test_verify_says_what_it_cannot_find(home: Path) -> None:
     assert "\nNot shown: whether lines before 2 existed and were deleted" in output(run(home, "audit", "verify"))
 
 
+def test_verify_says_which_lines_the_head_does_not_know(home: Path) -> None:
+    """As after a crash between a line and its head."""
+    head = home / "audit.jsonl.head"
+    before = head.read_bytes()
+    output(run(home, "user", "remove", "ann"))
+    head.write_bytes(before)
+    shown = output(run(home, "audit", "verify"))
+    assert (
+        "; line 1 is the one that the .head file knows; after it, 1 line left by a crash, or written by anyone.\n"
+        in shown
+    )
+    with (home / "audit.jsonl").open("ab") as file:
+        file.write(b"x\n")
+    shown = run(home, "audit", "verify").stdout
+    assert shown.endswith(" Only lines after it, up to line 1, are bound to the .head file.\n")
+    head.unlink()
+    shown = run(home, "audit", "verify").stdout
+    assert shown.endswith("written again, since there is no audit.key, and no .head file was read.\n")
+
+
+def test_verify_writes_large_numbers_in_one_form(home: Path) -> None:
+    Chain(home / "audit.jsonl").append([b'{"action":"test"}'] * 1_203)
+    assert output(run(home, "audit", "verify")).startswith("ok: 1,204 lines, from 1 to 1,204\n")
+
+
+def test_old_files_moved_to_another_directory_are_not_checked(home: Path) -> None:
+    """What the documents say to do after a break."""
+    file, elsewhere = home / "audit.jsonl", home / "old"
+    elsewhere.mkdir()
+    file.write_bytes(b"x\n" + file.read_bytes())
+    assert run(home, "audit", "verify").returncode == 1
+    renamed = file.rename(home / "audit.jsonl.broken")
+    output(run(home, "user", "remove", "bob"))
+    assert run(home, "audit", "verify").returncode == 1
+    renamed.rename(elsewhere / "audit.jsonl")
+    file.unlink()
+    assert "missing" in run(home, "audit", "verify").stdout
+    output(run(home, "user", "remove", "ann"))
+    assert output(run(home, "audit", "verify")).startswith("ok: 1 line, from 3 to 3\n")
+
+
 def test_verify_checks_copies_elsewhere(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     copy = tmp_path_factory.mktemp("copy") / "audit.jsonl"
     copy.write_bytes((home / "audit.jsonl").read_bytes())
@@ -201,7 +248,12 @@ def test_a_key_is_needed_to_verify(tmp_path: Path) -> None:
     write_config(tmp_path, table)
     assert run(tmp_path, "migrate", AUDIT_KEY="k" * 32).returncode == 0
     assert run(tmp_path, "audit", "verify", AUDIT_KEY="k" * 32).returncode == 0
-    assert run(tmp_path, "audit", "verify", AUDIT_KEY="j" * 32).returncode == 1
+    wrong = run(tmp_path, "audit", "verify", AUDIT_KEY="j" * 32)
+    assert (wrong.returncode, "Not shown" in wrong.stdout) == (1, False)
+    with (tmp_path / "audit.jsonl").open("ab") as file:
+        file.write(b"x\n")
+    changed = run(tmp_path, "audit", "verify", AUDIT_KEY="k" * 32)
+    assert (changed.returncode, changed.stdout.partition("\n")[2]) == (1, "1 break; 1 line ok\n")
 
 
 def test_without_an_audit_log_the_commands_say_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.servers import ROOT
 from tests.support.skipping import skip_without
 from tokenauth.audit import chain as module
-from tokenauth.audit.chain import CUT, Chain
+from tokenauth.audit.chain import CUT, FIRST, Chain
 
 Lines = list[bytes]
 
@@ -49,6 +49,17 @@ def forge(line: bytes) -> bytes:
     """Change a line and compute its hash again, as anyone can without a key."""
     body = line.partition(b',"hash"')[0].replace(b'"test"', b'"fake"')
     return body + b',"hash":"' + sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def rewrite(lines: Lines, numbers: range) -> Lines:
+    """Return lines up to the first of these numbers, then others with hashes that fit, as anyone can without a key."""
+    written = lines[: numbers[0] - 1]
+    previous = json.loads(written[-1])["hash"] if written else FIRST
+    for number in numbers:
+        body = b'{"n":%d,"action":"fake","previous":"%b"' % (number, previous.encode())
+        previous = sha256(body).hexdigest()
+        written.append(body + b',"hash":"%b"}\n' % previous.encode())
+    return written
 
 
 def test_a_filled_chain_is_right(tmp_path: Path) -> None:
@@ -100,6 +111,43 @@ def test_verify_goes_on_after_each_break(tmp_path: Path, case: str) -> None:
     after = chain.verify()
     assert after.breaks == before.breaks + 1
     assert "was changed" in after.problems[-1].problem
+
+
+CUT_AND_CHANGED: dict[str, tuple[Callable[[Lines], Lines], str]] = {
+    "garbage appended": (lambda lines: [*lines[:10], b"x"], "the last 9 lines are missing"),
+    "last line changed": (lambda lines: [*lines[:9], b"x\n"], "the last 10 lines are missing"),
+    "only garbage left": (lambda lines: [b"x\n"], "line 20 is missing, or changed"),
+}
+
+
+@pytest.mark.parametrize("key", ["", "a key of the operator"])
+@pytest.mark.parametrize("case", CUT_AND_CHANGED)
+def test_a_changed_line_does_not_hide_that_the_end_is_missing(tmp_path: Path, case: str, key: str) -> None:
+    change, problem = CUT_AND_CHANGED[case]
+    chain = filled(tmp_path, 20, key=key)
+    edit(chain, change)
+    verdict = chain.verify()
+    assert verdict.breaks == 2
+    assert problem in verdict.problems[-1].problem
+
+
+FORGED: dict[str, Callable[[Lines], Lines]] = {
+    "the last five written again as six": lambda lines: rewrite(lines, range(16, 22)),
+    "all removed, and others after the head": lambda lines: rewrite(lines, range(20, 26))[20:],
+    "the last one changed, and others after it": lambda lines: [
+        *lines[:19],
+        b"x\n",
+        *rewrite(lines, range(20, 23))[20:],
+    ],
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_lines_beyond_the_head_hide_no_forged_ones(tmp_path: Path, case: str) -> None:
+    chain = filled(tmp_path, 20)
+    edit(chain, FORGED[case])
+    verdict = chain.verify()
+    assert "line 20 is not the one that audit.jsonl.head knows" in verdict.problems[-1].problem
 
 
 def test_a_wrong_key_counts_all_lines_and_shows_some(tmp_path: Path) -> None:
@@ -164,7 +212,11 @@ def test_lines_written_before_the_head_are_kept(tmp_path: Path) -> None:
     before = chain.head_path.read_bytes()
     chain.append([record(4), record(5)])
     chain.head_path.write_bytes(before)
-    assert chain.verify().problem is None
+    assert (chain.verify().problem, chain.verify().beyond) == (None, 2)
+    whole = chain.path.read_bytes()
+    edit(chain, lambda lines: lines[3:])  # the others are in a file that is no longer kept
+    assert (chain.verify().problem, chain.verify().first) == (None, 4)
+    chain.path.write_bytes(whole)
     chain.append([record(6)])
     assert (chain.verify().problem, chain.verify().lines) == (None, 6)
 

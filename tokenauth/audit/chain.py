@@ -123,6 +123,10 @@ class Verdict(NamedTuple):
     """The first of these."""
     headless: bool = False
     """Whether there is no head, so that lines missing at the end would not show."""
+    beyond: int = 0
+    """How many lines follow the one that the head knows. A crash leaves such lines, until the next one is written."""
+    keyed: bool = False
+    """Whether the hashes need a key. Otherwise anyone can have written the lines before a break."""
 
     @property
     def problem(self) -> str | None:
@@ -233,7 +237,7 @@ class Chain:
         return [path for number, path in found if number] + ([self.path] if self.path.exists() else [])
 
     def verify(self, files: Sequence[Path] = ()) -> Verdict:
-        """Check files, in this order; without `files` all, and that the last line is the one that the head names.
+        """Check files, in this order; without `files` all, and that the line is there that the head knows.
 
         Raises OSError.
         """
@@ -243,15 +247,18 @@ class Chain:
                 opened = [_open_to_read(stack, path) for path in files]
             else:
                 head, opened = self._snapshot(stack)
-            verdict, changed = self._verify(_lines(opened))
-        if head is None or changed or head.n < verdict.last:
-            return verdict._replace(headless=head is None and not files)
-        if head.n > verdict.last:
-            missing = head.n - verdict.last
+            verdict, changed, known = self._verify(_lines(opened), head)
+        if head is None:
+            return verdict._replace(headless=not files)
+        verdict = verdict._replace(beyond=max(0, verdict.last - head.n))
+        missing = head.n - verdict.last - changed
+        if missing > 0 and changed and not verdict.lines:  # none of them has a number
+            return verdict.broken(f"line {head.n} is missing, or changed: {self.head_path.name} knows it")
+        if missing > 0:
             lines = "the last line is" if missing == 1 else f"the last {missing} lines are"
             return verdict.broken(f"{lines} missing: {self.head_path.name} knows line {head.n}")
-        if head.hash != verdict.hash:
-            return verdict.broken(f"the last line is not the one that {self.head_path.name} knows")
+        if head.n <= verdict.last and not known:
+            return verdict.broken(f"line {head.n} is not the one that {self.head_path.name} knows")
         return verdict
 
     def _snapshot(self, stack: ExitStack) -> tuple[Head | None, list[_Opened]]:
@@ -266,9 +273,12 @@ class Chain:
         finally:
             os.close(head_fd)
 
-    def _verify(self, lines: Iterable[tuple[Position, bytes]]) -> tuple[Verdict, int]:
-        """Check lines, and go on after each break. Return also how many lines at the end are changed ones."""
-        verdict, broken, changed = Verdict(), None, 0
+    def _verify(self, lines: Iterable[tuple[Position, bytes]], head: Head | None) -> tuple[Verdict, int, bool]:
+        """Check lines, and go on after each break.
+
+        Return also how many lines at the end are changed ones, and whether the line of the head is there, or the next.
+        """
+        verdict, broken, changed, known = Verdict(keyed=bool(self._key)), None, 0, False
         for position, line in lines:
             found = self._read(line)
             if broken is not None:
@@ -285,13 +295,14 @@ class Chain:
                 if problem is not None:
                     verdict = verdict.broken(problem, position)
             changed = 0
+            known = known or (head is not None and (_is_last(head, found) or _follows(head, found)))
             if found.n > verdict.last:
                 verdict = verdict._replace(
                     lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
                 )
         if broken is not None:
             verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
-        return verdict, changed
+        return verdict, changed, known
 
     def _read(self, line: bytes) -> _Links | None:
         """Return what binds a line to the others; None unless its own hash is right."""
@@ -392,6 +403,14 @@ def _marks_cut(line: bytes, cut: bytes) -> bool:
     except msgspec.DecodeError:
         return False
     return record.action == CUT and record.details.sha256 == sha256(cut).hexdigest()
+
+
+def _is_last(head: Head, line: _Links) -> bool:
+    return (line.n, line.hash) == (head.n, head.hash)
+
+
+def _follows(head: Head, line: _Links) -> bool:
+    return (line.n, line.previous) == (head.n + 1, head.hash)
 
 
 def _problem(verdict: Verdict, found: _Links) -> str | None:

@@ -67,11 +67,13 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
         if verdict.breaks > len(verdict.problems):
             click.echo(f"and {count(verdict.breaks - len(verdict.problems), 'more break')}")
         click.echo(f"{count(verdict.breaks, 'break')}; {count(verdict.lines, 'line')} ok")
+        if verdict.lines and not verdict.keyed:
+            click.echo(_describe_doubt(verdict, bool(files)))
     elif not verdict.lines:
         click.echo("No lines.")
     else:
         cut = f"; a crash has cut {count(verdict.cut, 'more line')}, which is marked" if verdict.cut else ""
-        click.echo(f"ok: {count(verdict.lines, 'line')}, from {verdict.first} to {verdict.last}{cut}")
+        click.echo(f"ok: {count(verdict.lines, 'line')}, from {verdict.first:,} to {verdict.last:,}{cut}")
         click.echo(f"The last hash is {verdict.hash}")
         for line in _describe_proof(verdict, bool(files)):
             click.echo(line)
@@ -81,16 +83,31 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
 def _describe_proof(verdict: "Verdict", other_files: bool) -> Sequence[str]:
     """Return what a check without a problem proves, and what it cannot."""
     ends = "the last line is the one that the .head file knows"
+    if verdict.beyond:
+        known = f"line {verdict.last - verdict.beyond:,} is the one that the .head file knows"
+        writer = "a crash" if verdict.keyed else "a crash, or written by anyone"
+        ends = f"{known}; after it, {count(verdict.beyond, 'line')} left by {writer}"
     if other_files:
         ends = "lines missing at the end would not show, since named files are checked without the .head file"
     elif verdict.headless:
         ends = "lines missing at the end would not show, since there is no valid .head file"
-    lost = f"lines before {verdict.first} existed and were" if verdict.first > 1 else "an older log existed and was"
+    lost = f"lines before {verdict.first:,} existed and were" if verdict.first > 1 else "an older log existed and was"
     return [
         f"Shown: no line in between was removed, changed, inserted or moved; {ends}.",
         f"Not shown: whether {lost} deleted, with its .head file, or all lines were written again."
         " For that, compare the last hash with one that you keep elsewhere.",
     ]
+
+
+def _describe_doubt(verdict: "Verdict", other_files: bool) -> str:
+    """Return what a check without a key cannot show of the lines around a break."""
+    if other_files or verdict.headless:
+        return "Not shown: whether lines were written again, since there is no audit.key, and no .head file was read."
+    until = f", up to line {verdict.last - verdict.beyond:,}," if verdict.beyond else ""
+    return (
+        "Not shown: whether lines before the last break were written again, since there is no audit.key."
+        f" Only lines after it{until} are bound to the .head file."
+    )
 
 
 @audit_log.command("tail", epilog="Example: tokenauth audit tail --since 2h --user ann")
