@@ -24,6 +24,7 @@ from tokenauth.server.control import AVAILABLE
 from tokenauth.server.versions import KNOWN_UVICORN
 from tokenauth.stores.schema import HEAD
 from tokenauth.stores.sqlite.examination import network_file_system
+from tokenauth.stores.sqlite.files import explain_loss
 
 
 def examined(home: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -224,7 +225,12 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
         ("store not writable: database or disk is full", "The disk is full"),
         ("store not writable: attempt to write a readonly database", "A file has the wrong mode"),
         ("it cannot be used: password authentication failed for user 'tokenauth'", "A secret changes"),
+        ("store not writable: disk I/O error: the disk is full, 8 KiB are free", "The disk is full"),
+        ("; ".join(explain_loss("/none")), "The database file is gone or was replaced"),
+        ("; ".join(explain_loss(__file__)), "The database file is gone or was replaced"),
         ("it cannot be used: ConnectionRefusedError", "The database restarts"),
+        ("it cannot be used: disk I/O error: /srv/fullstack/missing/readonly.db", "The database restarts"),
+        ("it cannot be read: unable to open /srv/password-store/replaced.db", "The database restarts"),
     ],
 )
 def test_a_problem_leads_to_its_section(problem: str, section: str) -> None:

@@ -289,14 +289,15 @@ def _disk(directory: Path) -> Finding:
 _SECTIONS = {
     "database is locked": "The database is locked",
     "no host is the primary": "No host is the primary",
-    "commits wait": "Commits wait for a standby",
-    "missing": "The database file is gone or was replaced",
-    "replaced": "The database file is gone or was replaced",
-    "full": "The disk is full",
-    "password": "A secret changes",
-    "readonly": "A file has the wrong mode",
+    "commits wait for": "Commits wait for a standby",
+    "the database file is missing": "The database file is gone or was replaced",
+    "was moved, deleted or replaced": "The database file is gone or was replaced",
+    "the database file was replaced": "The database file is gone or was replaced",
+    "disk is full": "The disk is full",
+    "password authentication failed": "A secret changes",
+    "attempt to write a readonly database": "A file has the wrong mode",
 }
-"""What a problem has in its text, and the section of the document for it."""
+"""What a problem has in its text, and the section of the document for it. No path has such words by chance."""
 
 
 def _runbook(problem: str, otherwise: str) -> str:
