@@ -95,6 +95,33 @@ def test_a_missing_variable_is_one_finding(tmp_path: Path) -> None:
     assert (found["database"]["text"], done.returncode) == ("not examined", 1)
 
 
+MISSING = {
+    "a URL": ('database.url = "${A}"', ["database.url"], "database"),
+    "two in a string": ('database.url = "sqlite+aiosqlite:///${A}${B}"', ["database.url", "database.url"], "database"),
+    "a number": ('server.port = "${A}"', ["server.port"], "server"),
+    "a password": ('users = [{username = "ann", password = "${A}"}]', ["users[0].password"], "users"),
+    "a file of users": ('users_file = "${A}"', ["users_file.path"], "users"),
+    "a file of audit": ('audit.file = "${A}"', ["audit.file"], "audit log"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_all_that_needs_no_missing_variable_is_examined(tmp_path: Path, name: str) -> None:
+    """And nothing is said that is wrong with the variables only."""
+    line, keys, unexamined = MISSING[name]
+    port = "" if unexamined == "server" else "server.port = 0\n"
+    (tmp_path / "config.toml").write_text(f"{line}\n{port}")
+    done = run(tmp_path, "doctor", "--json")
+    checks = json.loads(done.stdout)["checks"]
+    errors = [one["text"] for one in checks if one["status"] == "error"]
+    assert errors == [f"{key}: the environment has no {variable}" for key, variable in zip(keys, "AB", strict=False)]
+    assert [one["check"] for one in checks if one["text"] == "not examined"] == [unexamined]
+    rest = {"server": "port"}.get(unexamined, unexamined)
+    expected = {"port", "database", "login", "open files", "uvicorn"} - {rest}
+    assert expected <= {one["check"] for one in checks if one["text"] != "not examined"}
+    assert ("nobody can log in" in {one["text"] for one in checks}) == (unexamined != "users")
+
+
 def test_other_mistakes_are_found_beside_a_missing_variable(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[server]\nport = "${PORT}"\n[tokens]\nidle = 5\n')
     checks = json.loads(run(tmp_path, "doctor", "--json").stdout)["checks"]

@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -96,7 +96,7 @@ def _examine(path: Path) -> Iterator[Finding]:
         for mistake in mistakes:
             yield _finding("error", "configuration", mistake, _line(text, mistake))
         if settings is not None:
-            yield from _examine_settings(path, text, settings, "database.url" in missing)
+            yield from _examine_settings(path, text, settings, missing)
     yield from _examine_machine()
 
 
@@ -111,8 +111,8 @@ def _line(text: str, mistake: str) -> int | None:
     return find_line(text, mistake.partition(": ")[0])
 
 
-def _examine_settings(path: Path, text: str, settings: Settings, no_database: bool) -> Iterator[Finding]:
-    """Examine what settings name; without the database, if a variable in its URL is missing."""
+def _examine_settings(path: Path, text: str, settings: Settings, missing: Collection[str]) -> Iterator[Finding]:
+    """Examine what settings name, except where the variables of keys are missing."""
     from tokenauth.service import create_service
     from tokenauth.web.app import find_routes
 
@@ -123,20 +123,33 @@ def _examine_settings(path: Path, text: str, settings: Settings, no_database: bo
         yield _finding("error", "configuration", str(error), _line(text, str(error)))
         return
     users, pools = count(len(settings.users_by_name), "user"), count(len(settings.pools), "pool")
-    if settings.users:
+    lacking = {key.partition(".")[0].partition("[")[0] for key in missing}
+    if lacking & {"users", "users_file"}:
+        yield _not_examined("users")
+    elif settings.users:
         yield Finding("ok", "configuration", f"{path} has {users} and {pools}")
     else:
         yield Finding("warning", "configuration", "nobody can log in", "add a user with `tokenauth user add NAME`")
-    yield from _risks(path, text, settings, service.passwords)
-    if settings.server.tls_certificate:
-        yield _certificate(text, settings.server)
-    yield (_socket if settings.server.socket else _port)(settings.server, path)
-    if no_database:
-        yield Finding("warning", "database", "not examined", "run this with the environment of the service")
+    if "server" in lacking:
+        yield _not_examined("server")
+    else:
+        yield from _risks(path, text, settings, service.passwords)
+        if settings.server.tls_certificate:
+            yield _certificate(text, settings.server)
+        yield (_socket if settings.server.socket else _port)(settings.server, path)
+    if "database" in lacking:
+        yield _not_examined("database")
     else:
         yield from _database(settings, path)
-    yield from _audit(settings.audit)
+    if "audit" in lacking:
+        yield _not_examined("audit log")
+    else:
+        yield from _audit(settings.audit)
     yield from _login(settings, service.passwords)
+
+
+def _not_examined(check: str) -> Finding:
+    return Finding("warning", check, "not examined", "run this with the environment of the service")
 
 
 def _risks(path: Path, text: str, settings: Settings, passwords: Passwords) -> Iterator[Finding]:

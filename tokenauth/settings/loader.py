@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, time
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -85,18 +86,23 @@ def examine(
 ) -> tuple[Settings | None, Sequence[str], Collection[str]]:
     """Read TOML text as far as possible: return the settings, all mistakes, and the keys whose variables are missing.
 
-    Each mistake is the message of a ConfigError. A missing variable counts as empty; after any other mistake there are
-    no settings.
+    Each mistake is the message of a ConfigError. A key whose variable is missing counts as absent; inside an array, the
+    variable counts as empty, and a user of whom something is missing is left out. After any other mistake there are no
+    settings.
     """
     mistakes: list[str] = []
-    missing: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
     settings = None
     try:
         settings = _read_tree(parse_toml(text), environ, FilesRead(), mistakes, missing)
     except ConfigError as error:
         mistakes.append(str(error))
     others = [mistake for mistake in dict.fromkeys(mistakes) if mistake.partition(": ")[0] not in missing]
-    return (None if mistakes else settings), [*missing.values(), *others], missing.keys()
+    if settings is not None:
+        incomplete = {path.partition("].")[0] for path in missing}
+        users = [user for at, user in enumerate(settings.users) if f"users[{at}" not in incomplete]
+        settings = msgspec.structs.replace(settings, users=tuple(users))
+    return (None if mistakes else settings), [*chain.from_iterable(missing.values()), *others], missing.keys()
 
 
 def _read_tree(
@@ -104,7 +110,7 @@ def _read_tree(
     environ: Mapping[str, str],
     files: FilesRead,
     mistakes: list[str] | None = None,
-    missing: dict[str, str] | None = None,
+    missing: dict[str, list[str]] | None = None,
 ) -> Settings:
     if isinstance(tree.get("users_file"), str):  # the short form
         tree["users_file"] = {"path": tree["users_file"]}
@@ -382,11 +388,12 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _substitute(
-    tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, missing: dict[str, str] | None = None
+    tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, missing: dict[str, list[str]] | None = None
 ) -> dict[str, str]:
     """Replace variables in strings by the environment's values. Return their names, such as "${PORT}", by key path.
 
-    With `missing`, a variable without a value counts as empty, and the error is put there by key path.
+    With `missing`, the errors of variables without a value are put there by key path. Their key is removed; in an
+    array, they count as empty.
     """
     found = {}
     for path, holder, key in list(_strings(tree, "", _MAX_DEPTH)):
@@ -399,15 +406,32 @@ def _substitute(
         names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
         if names:
             found[path] = " and ".join(names)
-            try:
-                with naming(path):
-                    holder[key] = _VARIABLE.sub(lambda match: _value_of(match[1], match[2], environ, files), text)
-            except ConfigError as error:
-                if missing is None:
-                    raise
-                missing[path] = str(error)
-                holder[key] = _VARIABLE.sub(lambda match: match[2] or "", text)
+            errors: list[str] | None = None if missing is None else []
+            with naming(path):
+                holder[key] = _fill_in(text, environ, files, errors)
+            if missing is not None and errors:
+                missing[path] = [f"{path}: {error}" for error in dict.fromkeys(errors)]
+                if "[" not in path:
+                    del holder[key]
     return found
+
+
+def _fill_in(text: str, environ: Mapping[str, str], files: FilesRead, errors: list[str] | None) -> str:
+    """Replace the variables of one string. With `errors`, one without a value is empty, and its error is added there.
+
+    Otherwise raises ConfigError.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        try:
+            return _value_of(match[1], match[2], environ, files)
+        except ConfigError as error:
+            if errors is None:
+                raise
+            errors.append(str(error))
+            return ""
+
+    return _VARIABLE.sub(value, text)
 
 
 def _value_of(name: str, default: str | None, environ: Mapping[str, str], files: FilesRead) -> str:
