@@ -150,6 +150,30 @@ def test_lines_beyond_the_head_hide_no_forged_ones(tmp_path: Path, case: str) ->
     assert "line 20 is not the one that audit.jsonl.head knows" in verdict.problems[-1].problem
 
 
+@pytest.mark.parametrize("case", FORGED)
+def test_the_next_line_does_not_make_forged_ones_right(tmp_path: Path, case: str) -> None:
+    chain = filled(tmp_path, 20)
+    edit(chain, FORGED[case])
+    chain.append([record(21)])
+    chain.append([record(22)])
+    problems = [found.problem for found in chain.verify().problems]
+    assert any("repeated, inserted or moved" in problem for problem in problems)
+    assert json.loads(chain.path.read_bytes().splitlines()[-1])["n"] == 22
+
+
+def test_a_head_that_is_older_than_the_file_is_kept(tmp_path: Path) -> None:
+    """As after a loss of power: the head is not flushed to the disk."""
+    chain = filled(tmp_path, 3)
+    before = chain.head_path.read_bytes()
+    chain.append([record(4), record(5)])
+    chain.path.rename(tmp_path / "audit.jsonl.1")
+    chain.append([record(6)])
+    chain.head_path.write_bytes(before)
+    assert (chain.verify().problem, chain.verify().beyond) == (None, 3)
+    chain.append([record(7)])
+    assert (chain.verify().problem, chain.verify().lines) == (None, 7)
+
+
 def test_a_wrong_key_counts_all_lines_and_shows_some(tmp_path: Path) -> None:
     chain = filled(tmp_path, 30, key="a key of the operator")
     verdict = Chain(chain.path).verify()

@@ -208,8 +208,8 @@ class Chain:
         *complete, rest = _read_end(fd, size).split(b"\n")
         end = head or Head()
         last = self._read(complete[-1]) if complete else None
-        if last is not None and last.n > end.n:  # a process was killed before it wrote the head
-            end = Head(last.n, last.hash)
+        if last is not None and last.n > end.n and (head is None or self._goes_on(fd, head)):
+            end = Head(last.n, last.hash)  # a process was killed before it wrote the head
         if not rest:
             return end, b"", ()
         last = self._read(rest)
@@ -217,6 +217,18 @@ class Chain:
             return Head(last.n, last.hash), b"\n", ()
         details = _CutDetails(len(rest), sha256(rest).hexdigest())
         return end, b"\n", [msgspec.json.encode(_CutRecord(timestamp(), details))]
+
+    def _goes_on(self, fd: int, head: Head) -> bool:
+        """Return whether the line that follows the head's is in the file, or in one before it.
+
+        Otherwise the lines beyond the head are forged. The next line then follows the head's, so the chain breaks.
+        """
+        if _first_number(self.path) > head.n + 1:  # power was lost before an older head was written to the disk
+            return True
+        with open(fd, "rb", closefd=False) as file:
+            file.seek(0)
+            linked = (self._read(line.removesuffix(b"\n")) for line in file if head.hash.encode() in line)
+            return any(found is not None and _follows(head, found) for found in linked)
 
     def _rotate(self, fd: int) -> None:
         """Rename the file, and make its descriptor that of a new one. Raises OSError."""
