@@ -57,7 +57,7 @@ def writer_of(store: Store) -> writer.SqliteWriter:
 
 
 @pytest.fixture
-def for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_lock_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let writes wait for the lock until it is free, however long that takes."""
     monkeypatch.setattr(writer, "LOCK_TIMEOUT", 3600)
 
@@ -73,7 +73,7 @@ async def waits(writing: asyncio.Future[None]) -> bool:
     return not (await asyncio.wait({writing}, timeout=0.2))[0]
 
 
-@pytest.mark.usefixtures("for_ever")
+@pytest.mark.usefixtures("without_lock_timeout")
 async def test_a_write_waits_for_the_lock_and_no_longer(store: Store, tmp_path: Path) -> None:
     with locked(tmp_path) as end:
         writing = asyncio.ensure_future(write(store))
@@ -124,7 +124,7 @@ async def test_a_lock_that_stays_held_delays_one_write(
         await writing
 
 
-@pytest.mark.usefixtures("for_ever")
+@pytest.mark.usefixtures("without_lock_timeout")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Path, how: signal.Signals) -> None:
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -141,7 +141,7 @@ async def test_a_process_that_ends_releases_the_lock(store: Store, tmp_path: Pat
         await writing
 
 
-@pytest.mark.usefixtures("for_ever")
+@pytest.mark.usefixtures("without_lock_timeout")
 async def test_a_deleted_lock_file_is_created_again(store: Store, tmp_path: Path) -> None:
     """Until then processes with the old file lock it, and others a new one."""
     file = tmp_path / "tokenauth.db-lock"
@@ -154,7 +154,7 @@ async def test_a_deleted_lock_file_is_created_again(store: Store, tmp_path: Path
     await writing
 
 
-@pytest.mark.usefixtures("for_ever")
+@pytest.mark.usefixtures("without_lock_timeout")
 @pytest.mark.parametrize("place", ["directory", "link", "nowhere"])
 async def test_writes_work_without_a_usable_lock_file(tmp_path: Path, place: str) -> None:
     file = tmp_path / "tokenauth.db-lock"
