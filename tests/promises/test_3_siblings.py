@@ -6,7 +6,7 @@ Their notification from the database would arrive later.
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
 from urllib.parse import urlencode
@@ -19,7 +19,7 @@ from tests.support.connections import Answer, Connection
 from tests.support.journal import serving, until
 from tests.support.main_process import workers_of
 from tests.support.postgres import Cluster
-from tests.support.servers import Server
+from tests.support.servers import Server, serve
 from tests.system.postgres.nodes import fresh, write_config_for
 from tokenauth.revocation_queue import ANSWER_TIMEOUT
 from tokenauth.stores.postgres.listener import BOUND
@@ -34,12 +34,17 @@ url = "http://127.0.0.1"
 """
 
 
+def wait_for_starts(server: Server, count: int) -> None:
+    """Wait until `count` workers have started, replaced ones included."""
+    until(lambda: len(server.events("started")) >= count, f"{count} workers have started")
+
+
 @pytest.fixture(scope="module")
 def two(postgres: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serve with two workers, and wait until both have started."""
     directory = tmp_path_factory.mktemp("siblings")
     with fresh(postgres) as url, serving(write_config_for(url, directory, SETTINGS), "--workers", "2") as server:
-        until(lambda: len(server.events("started")) == 2, "both workers serve")
+        wait_for_starts(server, 2)
         yield server
 
 
@@ -196,8 +201,19 @@ def test_a_suspended_sibling_delays_but_accepts_nothing(two: Server, pair: list[
         assert not [token for token in ended if there.valid(token)]
 
 
-ATTEMPTS = range(5)
-"""Of these log-outs one must be quick: the machine may be busy. One that waits for a sibling never is."""
+LONG = 60.0
+"""Seconds for which a log-out waits for other workers here: so many that also on a busy machine it shows."""
+
+
+@contextmanager
+def long_waits(cluster: Cluster, directory: Path, workers: int) -> Iterator[Server]:
+    """Serve, and let log-outs wait long for workers that do not answer."""
+    with (
+        fresh(cluster) as url,
+        serve(write_config_for(url, directory), "--workers", str(workers), env={"ANSWER_TIMEOUT": str(LONG)}) as server,
+    ):
+        wait_for_starts(server, workers)
+        yield server
 
 
 def seconds_to_log_out(connection: Connection, token: str) -> float:
@@ -206,48 +222,40 @@ def seconds_to_log_out(connection: Connection, token: str) -> float:
     return monotonic() - began
 
 
-def test_a_killed_sibling_is_not_waited_for(two: Server) -> None:
+def test_a_killed_sibling_is_not_waited_for(postgres: Cluster, tmp_path: Path) -> None:
     """Neither is one that is starting."""
-
-    def seconds() -> float:
-        gone, stays = workers_of(two)
-        with connected(two, stays) as here:
-            token = here.log_in(*BOB)
-            before = len(two.events("started"))
-            os.kill(gone, signal.SIGKILL)
-            found = seconds_to_log_out(here, token)
-            assert not here.valid(token)
-        until(lambda: len(two.events("started")) > before, "the worker is replaced")
-        return found
-
-    assert any(seconds() < BOUND for _ in ATTEMPTS)
+    with long_waits(postgres, tmp_path, 2) as server:
+        for round in range(5):
+            gone, stays = workers_of(server)
+            with connected(server, stays) as here:
+                token = here.log_in()
+                os.kill(gone, signal.SIGKILL)
+                assert seconds_to_log_out(here, token) < LONG / 2
+                assert not here.valid(token)
+            wait_for_starts(server, 3 + round)
 
 
 def test_a_single_worker_waits_for_nobody(postgres: Cluster, tmp_path: Path) -> None:
     """It does not even need the main process."""
-    with (
-        fresh(postgres) as url,
-        serving(write_config_for(url, tmp_path), "--workers", "1") as server,
-        Connection(server.port) as connection,
-    ):
-        tokens = [connection.log_in() for _ in ATTEMPTS]
+    with long_waits(postgres, tmp_path, 1) as server, Connection(server.port) as connection:
+        token = connection.log_in()
         os.kill(server.process.pid, signal.SIGSTOP)
         try:
-            assert any(seconds_to_log_out(connection, token) < BOUND for token in tokens)
+            assert seconds_to_log_out(connection, token) < LONG / 2
         finally:
             os.kill(server.process.pid, signal.SIGCONT)
 
 
-def test_the_wait_outlasts_every_cache() -> None:
+def test_the_wait_outlasts_every_cache_and_ends_soon_after() -> None:
     """Timers may fire a few milliseconds early."""
-    assert ANSWER_TIMEOUT >= BOUND + 0.2
+    assert BOUND + 0.2 <= ANSWER_TIMEOUT <= BOUND + 0.5
 
 
 @pytest.mark.faults
 def test_four_workers_refuse_1000_log_outs_at_once(postgres: Cluster, tmp_path: Path) -> None:
     tables = "[tokens]\nper_user = 0"
     with fresh(postgres) as url, serving(write_config_for(url, tmp_path, tables), "--workers", "4") as server:
-        until(lambda: len(server.events("started")) == 4, "all workers serve")
+        wait_for_starts(server, 4)
         with ExitStack() as stack:
             all_of_them = [stack.enter_context(connected(server, pid)) for pid in workers_of(server)]
             for number in range(1000):

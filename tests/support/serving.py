@@ -9,7 +9,7 @@ import time
 import traceback
 
 from tests.support.servers import HEARTBEAT
-from tokenauth import logs
+from tokenauth import logs, revocation_queue
 from tokenauth.cli.main import main as tokenauth
 from tokenauth.server import supervisor, worker
 from tokenauth.server.worker import spawn_main
@@ -67,12 +67,14 @@ def fork_worker(descriptors: tuple[int, int, int], standard_error: int) -> Forke
 def main() -> None:
     """Run the command.
 
-    A variable GRACE has the seconds that a stopping worker gets, instead of 30. While the file HOLD exists, no worker
-    starts.
+    A variable GRACE has the seconds that a stopping worker gets, instead of 30; ANSWER_TIMEOUT those for which a
+    revocation waits for other workers. While the file HOLD exists, no worker starts.
     """
     if "GRACE" in os.environ:
         for module in (supervisor, worker):
             vars(module)["GRACE"] = int(os.environ["GRACE"])
+    if "ANSWER_TIMEOUT" in os.environ:
+        revocation_queue.ANSWER_TIMEOUT = float(os.environ["ANSWER_TIMEOUT"])
     supervisor._TIMEOUT = round(supervisor._TIMEOUT / HEARTBEAT)  # it is a number of reports
     for module in (supervisor, worker):
         vars(module)["HEARTBEAT"] = HEARTBEAT
