@@ -13,12 +13,20 @@ pytestmark = pytest.mark.extended
 
 
 def test_a_mixed_load_gets_right_answers_and_stays_flat(tmp_path: Path) -> None:
+    """Latencies and CPU time are measured, but its windows are too short to compare them."""
     with serving(write_config(tmp_path, SETTINGS), "--workers", "2") as server:
         until(lambda: len(server.events("started")) == 2, "both workers serve")
         soak = Soak(server, tmp_path / "tokenauth.db-wal", rate=150, window=0.1)
         soak.run(3, lambda _: None)
         assert {event["level"] for event in server.events()} == {"info"}
     assert min(soak.counts[kind] for kind in MIX) > 0
+    assert {kind for sample in soak.samples for kind, taken in sample.latencies.items() if taken} == {
+        *MIX,
+        "bare",
+        "sync",
+    }
+    assert any(sample.cpu for sample in soak.samples)
+    assert any(sample.bare_cpu for sample in soak.samples)
     check_flat(soak.samples)
 
 
