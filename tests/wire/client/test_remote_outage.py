@@ -66,6 +66,7 @@ async def test_a_byte_by_byte_answer_is_bounded_by_the_timeout() -> None:
     """Each byte arrives in time, but not the whole response: `timeout` is for the whole."""
 
     async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.set()
         with suppress(ConnectionError):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
             while not writer.is_closing():
@@ -75,12 +76,13 @@ async def test_a_byte_by_byte_answer_is_bounded_by_the_timeout() -> None:
         writer.close()
         gone.set()
 
-    gone = asyncio.Event()
+    begun, gone = asyncio.Event(), asyncio.Event()
     server = await asyncio.start_server(dribble, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{_port(server.sockets[0])}"
-    async with server, asyncio.timeout(20), RemoteTokens(url, timeout=0.05) as tokens:
-        with pytest.raises(IssuerUnavailable):
-            await tokens.identify(VALUE)
+    async with server, asyncio.timeout(60), RemoteTokens(url, timeout=0.2) as tokens:
+        while not begun.is_set():  # on a busy machine, the time may be over before it is connected
+            with pytest.raises(IssuerUnavailable):
+                await tokens.identify(VALUE)
         await gone.wait()
 
 
