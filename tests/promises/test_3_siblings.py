@@ -202,7 +202,7 @@ def test_a_suspended_sibling_delays_but_accepts_nothing(two: Server, pair: list[
 
 
 LONG = 60.0
-"""Seconds for which a log-out waits for other workers here: so many that also on a busy machine it shows."""
+"""Seconds for which a log-out waits for other workers: long enough to be noticed on a busy machine, too."""
 
 
 @contextmanager

@@ -278,17 +278,20 @@ def bare(directory: Path) -> Iterator[Server]:
         yield server
 
 
-def check_flat(samples: Sequence[Sample]) -> None:
+def check_flat(samples: Sequence[Sample], complete: bool = False) -> None:
     """Compare the last quarter with the second: the first is the warm-up.
 
     A window's times count as multiples of the reference's in the same window, and a quarter's are the median of its
     windows'. So a machine that is busy, always or for some windows, is no growth.
+
+    `complete`: whether all but the tails must have been measured, as in a long run.
     """
     quarter = len(samples) // 4
     early, late = samples[quarter : 2 * quarter], samples[-quarter:]
 
-    def typical(measure: Callable[[Sample], float | None]) -> list[float]:
+    def typical(measure: Callable[[Sample], float | None], needed: bool = complete) -> list[float]:
         found = [[each for each in map(measure, part) if each is not None] for part in (early, late)]
+        assert all(found) or not needed, "there were too few requests to measure"
         return list(map(median, found)) if all(found) else [1, 1]
 
     memory = typical(lambda sample: sample.memory)
@@ -300,6 +303,7 @@ def check_flat(samples: Sequence[Sample]) -> None:
     assert cpu[1] < 1.3 * cpu[0], f"requests take more CPU: {cpu} times the bare server"
     for kind in MIX:
         for share, least in LEAST.items():
-            ratios = typical(partial(Sample.ratio, kind=kind, share=share, least=least))
+            measure = partial(Sample.ratio, kind=kind, share=share, least=least)
+            ratios = typical(measure, complete and share == 0.5)
             bound = 1.3 if share == 0.5 and kind not in WRITES else 1.7
             assert ratios[1] < bound * ratios[0], f"{kind} gets slower ({share}): {ratios} times the reference"

@@ -29,4 +29,4 @@ def test_an_hour_of_mixed_load_stays_flat(tmp_path: Path, capsys: pytest.Capture
         quarter = len(soak.samples) // 4
         print(f"\n{soak.samples[quarter]}\n{soak.samples[-1]}\n{dict(soak.counts)}, {soak.pauses} pauses ({LENGTH=})")
     assert soak.counts["hot"] > RATE * seconds / 10
-    check_flat(soak.samples)
+    check_flat(soak.samples, complete=LENGTH >= 1)
