@@ -199,7 +199,7 @@ class Tokens:
     def known_scopes(self, scopes: Iterable[str]) -> str:
         """Return scopes that a client has sent, as they may be logged, each once.
 
-        `(unknown)` stands for one that no user has: people type secrets into the wrong field.
+        One that no user has is replaced by `(unknown)`: it may be a secret that was sent by mistake.
         """
         return " ".join({scope if self._scope_exists(scope) else "(unknown)": None for scope in scopes})
 
