@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenauth"
 
 LAYERS = [
     {"models", "waiting_line", "clock", "errors", "values", "nesting", "addresses", "logs", "metrics"}
-    | {"file_descriptors", "file_locks", "user_agents", "request_context", "status"},
+    | {"file_descriptors", "file_locks", "user_agents", "request_context", "status", "background"},
     {"stores", "passwords", "login_queue", "executor", "settings", "audit"},
     {"tokens", "named_tokens", "token_uses", "pools", "waiting", "credentials", "throttle"}
     | {"revocation_queue", "risks"},

@@ -6,6 +6,7 @@ from unicodedata import normalize
 
 from tokenauth import values
 from tokenauth.addresses import network
+from tokenauth.background import Background, finished
 from tokenauth.clock import Clock
 from tokenauth.errors import InsufficientScope, InvalidRequest, InvalidToken, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
@@ -45,7 +46,9 @@ class NamedTokens:
         self._store = store
         self._tokens = tokens
         self._clock = clock
+        self.background = Background()
 
+    @finished
     async def issue(
         self, username: str, name: str, scopes: Sequence[str] | None, ttl: Duration | None, requester: Requester
     ) -> IssuedToken:
@@ -77,6 +80,7 @@ class NamedTokens:
         )
         return issued
 
+    @finished
     async def rotate(self, id: str, username: str | None, overlap: Duration, requester: Requester) -> IssuedToken:
         """Return a successor of the token with this public id, with the same name, scopes and length of life.
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from tokenauth import values
+from tokenauth.background import finished
 from tokenauth.clock import Clock
 from tokenauth.errors import (
     AlreadyReserved,
@@ -144,6 +145,7 @@ class Pools:
         self._new_value = new_values or {}
         self._unfilled = [pool for pool in pools.values() if pool.prefill or pool.members]
         self.waiting = Waiting(store.pools, clock, self.log_lapse)
+        self.background = self.waiting.background
         self.counters = {name: LeaseCounters() for name in pools}
         self._lapses_since: dict[str, Instant] = {}  # by pool: leases that ended earlier have been logged
 
@@ -169,6 +171,7 @@ class Pools:
             pool for pool in self._pools.values() if user is None or pool.scope is None or pool.scope in user.scopes
         ]
 
+    @finished
     async def generate(self, pool: Pool, count: int, by: str | None = None) -> Sequence[str]:
         """Add `count` free tokens, all or none, and return their values. Log which manager did that, if one did.
 
@@ -303,6 +306,7 @@ class Pools:
         waiting = len(found) if len(found) < limit else await self._store.pools.count_requests(pool, now)
         return waiting, found
 
+    @finished
     async def leave_line(self, pool: Pool, username: str, id: str) -> None:
         """Take a request out of the line. Raises UnknownRequest."""
         now = self._clock()
@@ -372,6 +376,7 @@ class Pools:
         change = await self._store.pools.keep_alive(pool, _checked(value), now, check)
         return await self._require_lease(pool, change, check, now)
 
+    @finished
     async def keep_alive_any(self, pool: Pool, value: str, user: Identity | None = None) -> bool:
         """Extend the lease of a token, or the life of a free one, to its full time from now.
 
@@ -419,6 +424,7 @@ class Pools:
             self._note_release(pool, now, change.before)
             self.waiting.wake(pool)
 
+    @finished
     async def force_release(self, pool: Pool, value: str, check: LeaseCheck, by: str, reason: str | None) -> PoolToken:
         """End the lease of any user, log it, and return the token as it was. Raises UnknownToken, LeaseLost."""
         now = self._clock()
@@ -428,6 +434,7 @@ class Pools:
         self.waiting.wake(pool)
         return forced.before
 
+    @finished
     async def take_over(
         self, pool: Pool, value: str, holder: str, username: str, check: LeaseCheck, reason: str | None
     ) -> PoolToken:
@@ -438,6 +445,7 @@ class Pools:
         self.counters[pool.name].forced += 1
         return forced.token
 
+    @finished
     async def delete(self, pool: Pool, value: str, by: str | None = None) -> None:
         """Delete a token, free or leased. With `prefill` or members, a new one replaces it.
 
@@ -454,6 +462,7 @@ class Pools:
             log.info("pool_token_deleted", pool=pool.name, by=by)
         self.waiting.wake(pool)
 
+    @finished
     async def reserve(
         self, pool: Pool, member: str, until: Duration, username: str | None, note: str, by: str, replace: bool = False
     ) -> PoolToken:
@@ -478,6 +487,7 @@ class Pools:
         log.info("member_reserved", pool=pool.name, member=member, until=end, user=username, note=note, by=by)
         return change.after
 
+    @finished
     async def unreserve(self, pool: Pool, member: str, by: str) -> None:
         """End the reservation of a member, if it has one. Raises UnknownMember."""
         now = self._clock()
@@ -591,6 +601,7 @@ class Pools:
         if pool.log_leases:
             log.info("lease_granted", **_shown(pool, token), waited=round(waited, 3))
 
+    @finished
     async def note_lapsed(self, pool: Pool, now: Instant, limit: int) -> int:
         """Count and log leases that have lapsed, and places in line, which are deleted: at most `limit` of each.
 

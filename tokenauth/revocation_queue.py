@@ -7,7 +7,7 @@ store whose other processes learn of that later.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from tokenauth.background import Background
 from tokenauth.clock import Clock
 from tokenauth.errors import RetryLater, StoreUnavailable
 from tokenauth.logs import log, safe_traceback
@@ -132,6 +133,7 @@ class RevocationQueue:
         self._awaited: asyncio.Event | None = None  # of the update that is not sent yet
         self._unanswered: dict[int, tuple[asyncio.Event, asyncio.TimerHandle]] = {}
         self._number = 0
+        self._background = Background()
 
     @property
     def problem(self) -> str | None:
@@ -224,10 +226,11 @@ class RevocationQueue:
         self._closing = True
         if self._writing is not None:
             self._writing.cancel()
-        if not self.handed_over:
-            earliest = asyncio.get_running_loop().time() + _MIN_CLOSE_TIME
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(max(self.close_deadline, earliest)):
+        earliest = asyncio.get_running_loop().time() + _MIN_CLOSE_TIME
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(max(self.close_deadline, earliest)):
+                await self._background.close()
+                if not self.handed_over:
                     await self._write_all()
         self._publish()
         if self.publish is None:  # otherwise the main process logs it, unless another worker writes it
@@ -294,9 +297,12 @@ class RevocationQueue:
         size = 1  # if the first one fails, the others would fail too
         while self.held:
             batch = list(islice(self.held, size))
-            if not any(await asyncio.gather(*map(self._write_one, batch))):
+            if not any(await self._background.finish(self._write_batch(batch))):
                 return
             size = _BATCH
+
+    async def _write_batch(self, digests: Sequence[bytes]) -> Sequence[bool]:
+        return await asyncio.gather(*map(self._write_one, digests))
 
     async def _revoke_all(self) -> None:
         began = monotonic()

@@ -1,6 +1,5 @@
 """Everything below HTTP, wired together. The server and the command line both use it."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 from tokenauth import file_descriptors
 from tokenauth.audit.log import AuditLog
+from tokenauth.background import Background
 from tokenauth.clock import Clock, MonotonicClock
 from tokenauth.credentials import Credentials
 from tokenauth.errors import RetryLater
@@ -53,22 +53,17 @@ class Service(NamedTuple):
         if behind > 1:
             log.warning("clock_behind", seconds=round(behind), action="time continues from the last known time")
         self.tokens.revocations.start()
-        saving: set[asyncio.Task[None]] = set()
-
-        def save(now: Instant) -> None:
-            task = asyncio.create_task(self._save_time(now))
-            saving.add(task)
-            task.add_done_callback(saving.discard)
-
-        self.clock.on_advance = save
+        saving = Background()
+        self.clock.on_advance = lambda now: saving.start(self._save_time(now))
         try:
             yield
         finally:
             self.clock.on_advance = None
-            await asyncio.gather(*saving)
+            await saving.close()
             await self.events.shut_down()
             await self.pools.waiting.close()
             await self.throttle.close()
+            await self.named_tokens.background.close()
             await self.tokens.close()
             await self.store.stop(self.clock())
             self.passwords.close()

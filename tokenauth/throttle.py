@@ -34,7 +34,6 @@ login queue. Each of several workers allows its part of that number, at least on
 same instant, one worker lets `free` fail, and each further worker at most its part more.
 """
 
-import asyncio
 import math
 import secrets
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
@@ -45,6 +44,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from tokenauth.addresses import location, network, region
+from tokenauth.background import Background, finished
 from tokenauth.clock import Clock
 from tokenauth.errors import InvalidCredentials, RetryLater, TooManyAttempts
 from tokenauth.login_queue import DisconnectCheck, LoginQueue, Turn, never_disconnected
@@ -184,7 +184,7 @@ class Throttle:
         self.refusals = 0
         """Attempts that were refused because of earlier failures."""
         self._permits: dict[bytes, Instant] = {}
-        self._writing: set[asyncio.Task[None]] = set()
+        self.background = Background()
 
     @asynccontextmanager
     async def attempt(
@@ -279,6 +279,7 @@ class Throttle:
         checked = [await self._check_again(each) for each in listed if each.until > now]
         return longest_waits(each for each in checked if each is not None)
 
+    @finished
     async def clear_user(self, username: str, address: str, by: str) -> bool:
         """Forget the failures of a user at a location, in its network and region, and anywhere; False if it has none.
 
@@ -291,6 +292,7 @@ class Throttle:
             log.info("throttle_cleared", user=username, addresses=network(address), by=by)
         return done
 
+    @finished
     async def clear_network(self, addresses: str, by: str) -> bool:
         """Forget the failures of all names in a network or region; False if there are none. It is logged.
 
@@ -342,7 +344,7 @@ class Throttle:
 
     async def close(self) -> None:
         """Wait for pending writes."""
-        await asyncio.gather(*self._writing)
+        await self.background.close()
 
     async def _check(self, names: Sequence[_Keys]) -> tuple[list[_State], Mapping[bytes, int]]:
         """Return the names that may be tried, and how many attempts may be in flight for each key.
@@ -461,9 +463,7 @@ class Throttle:
             await self._store.failures.refund(keys.location_streak, streak, shares, now - self._settings.forget, now)
         if now + KNOWN_FOR - known_until >= _KNOWN_UPDATE:
             # No need to wait: it shares the commit of the token that is issued next.
-            task = asyncio.create_task(self._write([CountUpdate(keys.known, at=now + KNOWN_FOR)], now))
-            self._writing.add(task)
-            task.add_done_callback(self._writing.discard)
+            self.background.start(self._write([CountUpdate(keys.known, at=now + KNOWN_FOR)], now))
 
     async def _write(self, updates: Sequence[CountUpdate], now: Instant) -> None:
         with suppress(RetryLater):  # the next login writes it

@@ -7,6 +7,7 @@ from hashlib import sha256
 
 from tokenauth import revocation_queue, values
 from tokenauth.addresses import network
+from tokenauth.background import Background, finished
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
@@ -66,6 +67,7 @@ class Tokens:
         self.revocations = RevocationQueue(store, clock)
         self.uses = Uses(store.tokens, clock, int(settings.idle) or None)
         self._use_period = self.uses.period
+        self.background = Background()
 
     async def issue(
         self,
@@ -119,16 +121,20 @@ class Tokens:
                 max_expires_at=latest,
                 scopes=scopes,
             )
-            ended = await self._store.tokens.issue(token, self._settings.per_user, now)
+            await self._issue(token, address)
         except RetryLater as refusal:
             self._credentials.count(refusal)
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
-        self._credentials.count()
-        log.info("token_issued", user=user.username, id=token.id, network=network(address))
-        for each in map(public_id, ended):
-            log.info("token_revoked", user=user.username, id=each, reason="per_user", by=user.username)
         return IssuedToken(value, token)
+
+    @finished
+    async def _issue(self, token: Token, address: str) -> None:
+        ended = await self._store.tokens.issue(token, self._settings.per_user, token.issued_at)
+        self._credentials.count()
+        log.info("token_issued", user=token.username, id=token.id, network=network(address))
+        for each in map(public_id, ended):
+            log.info("token_revoked", user=token.username, id=each, reason="per_user", by=token.username)
 
     def check_can_issue(self, disconnected: DisconnectCheck) -> None:
         """Raise ClientGone, or StoreUnavailable while all tokens are about to be revoked: a new one would be, too."""
@@ -266,7 +272,12 @@ class Tokens:
         token = await self._store.tokens.get(digest)
         if token is None:
             await self._store.tokens.share_missing(digest)
-        elif await self._store.tokens.revoke(digest, self._clock()):
+        else:
+            await self._end(token)
+
+    @finished
+    async def _end(self, token: Token) -> None:
+        if await self._store.tokens.revoke(token.digest, self._clock()):
             log.info("token_revoked", user=token.username, id=token.id)
 
     async def revoke_id(self, id: str, username: str | None) -> Token:
@@ -274,8 +285,7 @@ class Tokens:
         token = await self._store.tokens.find(id)
         if token is None or username not in {None, token.username}:
             raise UnknownToken("There is no token with this id.")
-        if await self._store.tokens.revoke(token.digest, self._clock()):
-            log.info("token_revoked", user=token.username, id=token.id)
+        await self._end(token)
         return token
 
     async def revoke_all(
@@ -361,6 +371,7 @@ class Tokens:
 
     async def close(self) -> None:
         """Write the revocations and uses held in memory, if that is possible soon."""
+        await self.background.close()
         await self.revocations.close()
         await self.uses.close()
 

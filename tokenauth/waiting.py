@@ -7,12 +7,12 @@ has died: of several, the one that was asked last.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from copy import copy
-from typing import TypeVar
 
+from tokenauth.background import Background
 from tokenauth.clock import Clock
 from tokenauth.errors import ClientGone, PlaceLost, RetryLater
 from tokenauth.login_queue import DisconnectCheck
@@ -20,8 +20,6 @@ from tokenauth.logs import log
 from tokenauth.models import Grant, Instant, LeaseChange, LeaseCheck, LeaseRequest, Pool, PoolToken, RequestKey
 from tokenauth.stores.store import PoolStore
 from tokenauth.waiting_line import KEPT, LAST
-
-T = TypeVar("T")
 
 POLL = 0.06
 """Seconds between two looks at the database: so much later, at most, does a token reach another process."""
@@ -81,7 +79,7 @@ class Waiting:
         self._log_lapse = log_lapse
         self._lines: dict[str, _Line] = {}
         self._stopping = False
-        self._background: set[asyncio.Task[object]] = set()
+        self.background = Background()
 
     async def wait(self, pool: Pool, waiter: Waiter, seconds: float) -> Grant | None:
         """Wait for the turn of a request that has its place; None if it still waits after `seconds`.
@@ -123,7 +121,7 @@ class Waiting:
         `note` is called with the token as it was, before they are answered, if the lease was ended. All this is
         finished also when the caller is cancelled. Raises StoreUnavailable.
         """
-        return await asyncio.shield(self._later(self._lines[pool.name].release(value, now, check, note)))
+        return await self.background.finish(self._lines[pool.name].release(value, now, check, note))
 
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
@@ -137,7 +135,7 @@ class Waiting:
         for before in grant.before:
             if before.unlogged is not None:
                 self._log_lapse(pool, before)
-        self._later(self._put_back(pool, grant.request, KEPT if repeatable else None))
+        self.background.start(self._put_back(pool, grant.request, KEPT if repeatable else None))
 
     async def _put_back(self, pool: Pool, request: LeaseRequest, keep: float | None) -> None:
         with suppress(RetryLater):  # the leases lapse
@@ -145,12 +143,6 @@ class Waiting:
             if done and keep is None and request.number < LAST:
                 note_left(pool, request, self._clock())
         self.wake(pool)
-
-    def _later(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
 
     def stop(self) -> None:
         """Let all clients ask again, elsewhere: their places are kept. From now on nobody waits here."""
@@ -163,7 +155,8 @@ class Waiting:
     async def close(self) -> None:
         """Finish what is under way."""
         self.stop()
-        await asyncio.gather(*(line.task for line in self._lines.values()), *self._background, return_exceptions=True)
+        await asyncio.gather(*(line.task for line in self._lines.values()), return_exceptions=True)
+        await self.background.close()
 
 
 class _Line:

@@ -6,6 +6,7 @@ import pwd
 import re
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,12 +19,30 @@ from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import fill, until
 from tests.support.processes import Forked
 from tests.support.servers import log_in, serve, worker, write_config
-from tests.system.test_cli import environment, mistake, output, run
+from tests.system.test_cli import environment, mistake, output, recorded, run, script
 from tests.system.test_terminal import on_terminal
 from tokenauth.audit.chain import Chain
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 
 OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+
+INTERRUPTED = """
+import signal
+from tokenauth.cli.main import main
+from tokenauth.stores.sqlite.writer import SqliteWriter
+
+apply = SqliteWriter.apply
+
+def interrupted(self, change):
+    SqliteWriter.apply = apply
+    answer = apply(self, change)
+    signal.raise_signal(signal.SIGINT)
+    return answer
+
+SqliteWriter.apply = interrupted
+main(prog_name="tokenauth")
+"""
+"""`tokenauth` that gets Ctrl-C while its change is written."""
 
 POOLS = """
 [pools.licences]
@@ -125,6 +144,39 @@ def test_a_revocation_that_failed_halfway_is_recorded(home: Path, who: tuple[str
         db.execute("DROP TRIGGER fault")
     assert output(run(home, "tokens", "revoke", "--yes", *who)) == "Revoked 1 token.\n"
     assert acts(home)[2:] == [{**interrupted, "result": "ok", "details": {"count": 1}}]
+
+
+def test_a_change_that_is_interrupted_is_an_act(home: Path) -> None:
+    """Ctrl-C comes too late for the change, and so for its record."""
+    with worker(home / "config.toml"):  # adds the member
+        pass
+
+    def interrupt(*command: str, stdin: str = "") -> int:
+        done = script(home, "-c", INTERRUPTED, *command, stdin=stdin, program=sys.executable)
+        recorded(done)
+        return done.returncode
+
+    one = output(run(home, "tokens", "issue", "--user", "ann", "--name", "one")).strip()
+    [token] = output(run(home, "pool", "generate", "licences")).split()
+    assert interrupt("tokens", "issue", "--user", "ann", "--name", "two") == 0
+    assert interrupt("tokens", "scan", "--revoke", stdin=one) == 130
+    [two] = [row["id"] for row in json.loads(output(run(home, "tokens", "list", "--json")))]
+    assert interrupt("tokens", "rotate", two) == 0
+    assert interrupt("tokens", "revoke", "--user", "ann", "--leases") == 130
+    assert interrupt("pool", "generate", "licences") == 0
+    assert interrupt("pool", "reserve", "devices", "pixel", "--until", "1h") == 0
+    assert interrupt("pool", "unreserve", "devices", "pixel") == 0
+    assert interrupt("pool", "delete", "licences", token) == 0
+    assert [(act["action"], act["result"]) for act in acts(home)[3:]] == [
+        ("issue_token", "ok"),
+        ("revoke_token", "ok"),
+        ("rotate_token", "ok"),
+        ("revoke_tokens", "interrupted"),
+        ("generate_pool_tokens", "ok"),
+        ("reserve_member", "ok"),
+        ("unreserve_member", "ok"),
+        ("delete_pool_token", "ok"),
+    ]
 
 
 def test_what_commands_only_read_is_no_act(home: Path) -> None:

@@ -75,9 +75,15 @@ password_option = click.option(
 
 
 def with_service(
-    config_file: str | None, use: Callable[["Service"], Coroutine[Any, Any, T]], create: bool = False
+    config_file: str | None,
+    use: Callable[["Service"], Coroutine[Any, Any, T]],
+    create: bool = False,
+    changes: bool = False,
 ) -> T:
-    """Run `use` with the configured service. Without `create`, the database must exist."""
+    """Run `use` with the configured service. Without `create`, the database must exist.
+
+    changes: it makes one change, which the caller records. So the first Ctrl-C does not interrupt it; the second does.
+    """
     from tokenauth.service import create_service
     from tokenauth.settings import loader
 
@@ -87,9 +93,18 @@ def with_service(
         with loader.naming(path):
             service = create_service(settings, serving=create)
         async with service.running():
-            return await use(service)
+            return await (_finish(use(service)) if changes else use(service))
 
     return asyncio.run(run())
+
+
+async def _finish(change: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.create_task(change)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:  # Ctrl-C
+        await asyncio.wait([task])
+    return await task
 
 
 def record_change(event: str, config_file: str | None, **fields: object) -> None:

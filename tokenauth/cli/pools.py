@@ -153,7 +153,9 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
 
     All are added, or none if they would exceed the capacity of the pool.
     """
-    values = with_service(config_file, lambda service: service.pools.generate(_find(service, name, config_file), count))
+    values = with_service(
+        config_file, lambda service: service.pools.generate(_find(service, name, config_file), count), changes=True
+    )
     record_change("pool_tokens_generated", config_file, pool=name, count=len(values))
     if as_json:
         print_json(values)
@@ -190,7 +192,7 @@ def pool_release(config_file: str | None, name: str, token: str, force: bool, re
 
     check_reason(reason)
     try:
-        ended = with_service(config_file, release)
+        ended = with_service(config_file, release, changes=True)
     except LeaseLost:
         raise click.ClickException("The token is not leased.") from None
     record_release(config_file, name, ended, reason)
@@ -249,7 +251,7 @@ def pool_reserve(
         return await service.pools.reserve(found, member, until, username, shown, "", force), service.clock()
 
     try:
-        token, now = with_service(config_file, reserve)
+        token, now = with_service(config_file, reserve, changes=True)
     except AlreadyReserved as error:
         ends = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(error.until))
         problem = f"{error.by} has reserved this member until {ends}: add --force to replace the reservation."
@@ -275,7 +277,11 @@ def pool_reserve(
 @click.argument("member")
 def pool_unreserve(config_file: str | None, name: str, member: str) -> None:
     """End the reservation of a member, also that of another manager."""
-    with_service(config_file, lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""))
+    with_service(
+        config_file,
+        lambda service: service.pools.unreserve(_find(service, name, config_file), member, ""),
+        changes=True,
+    )
     record_change("pool_member_unreserved", config_file, pool=name, member=member)
     click.echo("The member is not reserved.")
 
@@ -297,7 +303,7 @@ def pool_delete(config_file: str | None, name: str, token: str) -> None:
             raise click.ClickException(printable(f"{problem} `tokenauth pool release` ends its lease."))
         await service.pools.delete(pool, await _find_token(service, pool, utf8(token)))
 
-    with_service(config_file, delete)
+    with_service(config_file, delete, changes=True)
     record_change("pool_token_deleted", config_file, pool=name)
     click.echo("Deleted 1 token.")
 

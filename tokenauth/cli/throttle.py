@@ -82,7 +82,7 @@ def throttle_clear(config_file: str | None, who: str, address: str | None) -> No
         async def clear_user(service: "Service") -> Sequence[str]:
             return [one for one in listed if await service.throttle.clear_user(name, one, "")]
 
-        cleared = with_service(config_file, clear_user)
+        cleared = with_service(config_file, clear_user, changes=True)
         for one in cleared:
             record_change("throttle_cleared", config_file, user=name, addresses=network(one))
             click.echo(printable(f"{name} can log in from {one} again."))
@@ -94,7 +94,7 @@ def throttle_clear(config_file: str | None, who: str, address: str | None) -> No
         async def clear_network(service: "Service") -> Sequence[str]:
             return [wanted] if await service.throttle.clear_network(wanted, "") else []
 
-        cleared = with_service(config_file, clear_network)
+        cleared = with_service(config_file, clear_network, changes=True)
         if cleared:
             record_change("throttle_cleared", config_file, range=wanted)
             click.echo(f"The failed logins from {wanted} are forgotten. Those of each name there stay.")

@@ -98,7 +98,7 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
             problem = f"The user {owner!r} does not have the {noun} {lacking!r}. Theirs are: {theirs}."
             raise click.ClickException(printable(problem)) from None
 
-    issued = with_service(config_file, issue)
+    issued = with_service(config_file, issue, changes=True)
     new = issued.token
     granted = {"name": name, "scopes": new.scopes, "expires_at": new.expires_at}
     record_change("named_token_issued", config_file, user=owner, id=new.id, **granted)
@@ -117,7 +117,7 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     """
     try:
         issued = with_service(
-            config_file, lambda service: service.named_tokens.rotate(id_, None, overlap, _requester())
+            config_file, lambda service: service.named_tokens.rotate(id_, None, overlap, _requester()), changes=True
         )
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
@@ -143,6 +143,11 @@ def tokens_scan(
     """
     unreadable: list[str] = []
 
+    async def end(service: "Service", token: "Token") -> None:
+        with suppress(UnknownToken):  # someone else was faster
+            await service.tokens.revoke_id(token.id, None)
+            record_change("token_revoked", config_file, user=token.username, id=token.id)
+
     async def scan(service: "Service") -> list[dict[str, Any]]:
         rows = []
         for file in files or ("-",):
@@ -150,9 +155,7 @@ def tokens_scan(
             unreadable.extend(problem)
             for token, status in found.values():
                 if revoke:
-                    with suppress(UnknownToken):  # someone else was faster
-                        await service.tokens.revoke_id(token.id, None)
-                        record_change("token_revoked", config_file, user=token.username, id=token.id)
+                    await service.tokens.background.finish(end(service, token))
                 rows.append({**_row(token, "revoked" if revoke else status), "file": file})
         return rows
 
@@ -229,7 +232,7 @@ def tokens_revoke(
 
 def _revoke_one(config_file: str | None, id_: str) -> None:
     try:
-        revoked = with_service(config_file, lambda service: service.tokens.revoke_id(id_, None))
+        revoked = with_service(config_file, lambda service: service.tokens.revoke_id(id_, None), changes=True)
     except UnknownToken as error:
         raise click.ClickException(f"{error} `tokenauth tokens list` shows the ids.") from None
     record_change("token_revoked", config_file, user=revoked.username, id=id_)
@@ -250,12 +253,22 @@ async def _revoke_all(
     ended.known = name is None or name in service.users
     await service.store.tokens.revoke_all(name, service.clock(), progress=note)  # the caller logs and audits it
     if name is not None and leases:
-        async for pool, token in service.pools.end_leases_and_places(name, reason):
+        ends = service.pools.end_leases_and_places(name, reason)
+
+        async def end_next() -> bool:
+            found = await anext(ends, None)
+            if found is None:
+                return False
+            pool, token = found
             if token is None:
                 ended.requests += 1
             else:
                 ended.leases += 1
                 record_release(config_file, pool.name, token, reason)
+            return True
+
+        while await service.tokens.background.finish(end_next()):  # what is ended is recorded, also after Ctrl-C
+            pass
     ended.all = True
     if name is not None and not leases:
         ended.going_on = await service.pools.count_leases_of(name)

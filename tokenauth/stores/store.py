@@ -7,6 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
+import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -278,16 +279,25 @@ class TokenStore:
     ) -> int:
         """Revoke all live tokens of a user, or of all users, except the digest `keep`; return how many.
 
-        `kind`: only tokens of this kind. `progress` is called after each step with the number so far.
+        `kind`: only tokens of this kind. `progress` is called after each step with the number so far. When this is
+        cancelled, it ends after the step that is under way.
         """
-        total, more = 0, True
+        total, more, cancelled = 0, True, False
         try:
             while more:  # in steps, between which others write
-                revoked = await self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now))
+                step = asyncio.ensure_future(self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now)))
+                try:
+                    await asyncio.wait([step])
+                except asyncio.CancelledError:
+                    cancelled = True
+                    await asyncio.wait([step])
+                revoked = await step
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
                 if progress is not None:
                     progress(total)
+                if cancelled:
+                    raise asyncio.CancelledError
         finally:
             await self._revoked(None)
         return total
