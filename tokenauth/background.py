@@ -38,6 +38,16 @@ class HasBackground(Protocol):
 S = TypeVar("S", bound=HasBackground)
 
 
+async def outlast(work: Coroutine[Any, Any, T]) -> T:
+    """Do work to its end, and return its result. If the caller is cancelled meanwhile, it is too late for that."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+    return await task
+
+
 def finished(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import sqlite3
+import sys
 import threading
 from asyncio import to_thread
 from collections.abc import Iterator
@@ -23,10 +24,26 @@ from tests.support.postgres import Cluster
 from tests.support.processes import Forked
 from tests.support.servers import Server, log_in, probe, worker, write_config
 from tests.system.postgres.nodes import fetch
-from tests.system.test_cli import mistake, run
+from tests.system.test_cli import mistake, run, script
 from tests.system.test_terminal import on_terminal
 from tokenauth.stores.schema import HEAD
 from tokenauth.stores.tables import metadata
+
+INTERRUPTED = """
+import signal
+from tokenauth.cli.main import main
+from tokenauth.stores.copying import {kind}
+
+method = {kind}.{name}
+
+async def interrupted(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    return await method(*arguments)
+
+{kind}.{name} = interrupted
+main(prog_name="tokenauth")
+"""
+"""`tokenauth` that gets Ctrl-C when it calls a method."""
 
 POOL = """
 [pools.phones]
@@ -53,10 +70,7 @@ async def test_a_killed_copy_goes_on(tmp_path: Path, database: str, rows: int, g
 
 
 async def is_copied(directory: Path, source: str, target: str, seconds: float) -> bool:
-    """Let the command run for some seconds and kill it; return whether it was done before.
-
-    A command that was killed when it had just finished is told by the next one, which finds a complete target.
-    """
+    """Let the command run for some seconds and kill it; return whether it was done before."""
     process = start(directory, "copy", "--from", source, "--to", target)
     try:
         code = await to_thread(process.wait, seconds)
@@ -64,7 +78,7 @@ async def is_copied(directory: Path, source: str, target: str, seconds: float) -
         process.send_signal(signal.SIGKILL)
         process.wait()
         return False
-    assert code == 0 or "is not empty" in (directory / "err").read_text(), (directory / "err").read_text()
+    assert code == 0, (directory / "err").read_text()
     return True
 
 
@@ -193,6 +207,21 @@ def test_the_source_is_that_of_the_configuration(tmp_path: Path, source: str) ->
     assert all(len(table["digest"]) == 64 for table in report["tables"])
 
 
+@pytest.mark.parametrize(("where", "status"), [("_Copy._add", 130), ("Side.finish", 0)], ids=["early", "late"])
+def test_ctrl_c_says_whether_a_copy_has_finished(tmp_path: Path, source: str, where: str, status: int) -> None:
+    """Ctrl-C comes too late once the copy is about to finish."""
+    command = "copy", "--to", f"sqlite+aiosqlite:///{tmp_path}/b.db"
+    kind, name = where.split(".")
+    done = script(tmp_path, "-c", INTERRUPTED.format(kind=kind, name=name), *command, program=sys.executable)
+    assert done.returncode == status, done
+    assert ("both are equal" in done.stdout) is (status == 0)
+    interrupted = "Interrupted: the copy is not finished. Run the same command again: it goes on.\n"
+    assert done.stderr.endswith(interrupted) is (status != 0)
+    again = run(tmp_path, *command)
+    assert again.returncode == 0, again
+    assert "both are equal" in again.stdout
+
+
 def test_a_copy_is_for_its_owner_only(tmp_path: Path, source: str) -> None:
     assert run(tmp_path, "copy", "--to", f"sqlite+aiosqlite:///{tmp_path}/b.db").returncode == 0
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("b.db*")} == dict.fromkeys(
@@ -287,7 +316,9 @@ def test_an_unfinished_copy_stays_a_database_of_its_own(tmp_path: Path, source: 
     execute("CREATE VIEW live AS SELECT username FROM tokens")
     done = run(tmp_path, "copy", "--to", target)
     assert done.returncode == 0, done.stderr
-    assert " is not empty; " in mistake(run(tmp_path, "copy", "--to", target))
+    execute("DELETE FROM tokens")
+    done = run(tmp_path, "copy", "--to", target)
+    assert (done.returncode, " is not empty; " in done.stderr) == (1, True), done
     execute("CREATE TABLE of_a_newer_release (number INTEGER)")
     execute("UPDATE alembic_version SET version_num = '9_1'")
     found = mistake(run(tmp_path, "copy", "--to", target))

@@ -108,6 +108,10 @@ class Interrupted(Exception):
     """Ends a copy in the middle."""
 
 
+def stop(*_: object) -> None:
+    raise Interrupted
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize(("source", "target"), [("sqlite", "postgres"), REST[2]])
 async def test_an_interrupted_copy_goes_on(
@@ -144,8 +148,37 @@ _CHANGE = "DELETE FROM tokens WHERE number IN (SELECT number FROM tokens ORDER B
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_a_copy_that_had_finished_says_so(new_url: NewUrl, kind: str) -> None:
+    """As long as nothing has changed since."""
+    source, target = await filled(new_url("sqlite"), size=20), new_url(kind)
+    first, second = await copy(source, target), await copy(source, target)
+    assert second.in_use is None
+    assert [(table.added, table.corrected) for table in second.tables] == [(0, 0)] * len(metadata.tables)
+    assert [table.digest for table in second.tables] == [table.digest for table in first.tables]
+    await population.on_connection(source, lambda db: db.execute(text(_CHANGE)))
+    before = await population.read(target)
+    with pytest.raises(CopyError, match="is not empty; if a copy to it has finished, set"):
+        await copy(source, target)
+    assert await population.read(target) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tables_for_a_copy_are_no_database(new_url: NewUrl, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is killed when it has made the tables and copied nothing."""
+    source, target = await filled(new_url("sqlite"), size=3), new_url(kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(copying.Side, "open_target", stop)
+        with pytest.raises(Interrupted):
+            await copy(source, target)
+    with pytest.raises(StartError, match="unfinished copy of another database: run the same `tokenauth copy` again"):
+        await open_store(DatabaseSettings(url=target), 1).start()
+    await copy(source, target)
+    assert await population.read(target) == await population.read(source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_target_with_rows_is_refused(new_url: NewUrl, kind: str) -> None:
-    source, target = await filled(new_url("sqlite"), size=3), await filled(new_url(kind), size=3)
+    source, target = await filled(new_url("sqlite"), size=3), await filled(new_url(kind), seed=2, size=3)
     before = await population.read(target)
     with pytest.raises(CopyError, match="is not empty"):
         await copy(source, target)
@@ -157,10 +190,6 @@ async def test_an_unfinished_copy_of_another_database_is_refused(new_url: NewUrl
     source, other, target = new_url("sqlite"), new_url("sqlite"), new_url(kind)
     await filled(source, size=3)
     await filled(other, size=3)
-
-    def stop(*_: object) -> None:
-        raise Interrupted
-
     with pytest.raises(Interrupted):
         await copy_database(DatabaseSettings(url=source), DatabaseSettings(url=target), stop)
     with pytest.raises(CopyError, match=r"unfinished copy of .*copied_0\.db"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tokenauth import logs
+from tokenauth.background import outlast
 from tokenauth.errors import ConfigError, CopyError, Refusal, StartError
 from tokenauth.logs import json_text, printable
 
@@ -93,18 +94,9 @@ def with_service(
         with loader.naming(path):
             service = create_service(settings, serving=create)
         async with service.running():
-            return await (_finish(use(service)) if changes else use(service))
+            return await (outlast(use(service)) if changes else use(service))
 
     return asyncio.run(run())
-
-
-async def _finish(change: Coroutine[Any, Any, T]) -> T:
-    task = asyncio.create_task(change)
-    try:
-        await asyncio.wait([task])
-    except asyncio.CancelledError:  # Ctrl-C
-        await asyncio.wait([task])
-    return await task
 
 
 def record_change(event: str, config_file: str | None, **fields: object) -> None:

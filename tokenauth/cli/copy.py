@@ -55,7 +55,7 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
         try:
             report = asyncio.run(copy_database(origin, DatabaseSettings(url=target), on_progress))
         except KeyboardInterrupt:
-            click.echo("Interrupted: the copy is not finished. Run the same command again.", err=True)
+            click.echo("Interrupted: the copy is not finished. Run the same command again: it goes on.", err=True)
             raise
     seconds = time.monotonic() - began
     if as_json:
@@ -116,7 +116,10 @@ async def _check_source(settings: "DatabaseSettings") -> None:
 
 
 async def _prepare_target(settings: "DatabaseSettings") -> None:
-    """Create the tables of the target, unless it has some. Raises CopyError or ConfigError."""
+    """Create the tables of the target, as those of an unfinished copy, unless it has some.
+
+    Raises CopyError or ConfigError.
+    """
     from tokenauth.errors import StartError
     from tokenauth.stores import schema
     from tokenauth.stores.open import check_files, examine, open_store
@@ -135,7 +138,7 @@ async def _prepare_target(settings: "DatabaseSettings") -> None:
         if report.others:
             tables = ", ".join(report.others[:_SHOWN]) + (", ..." if len(report.others) > _SHOWN else "")
             raise CopyError(f"--to: {report.name} has tables of another program, {tables}; {schema.OWN_DATABASE}")
-        store = open_store(settings, 1)
+        store = open_store(settings, 1, copying=True)
         try:
             await store.start()
         except StartError as error:

@@ -10,13 +10,14 @@ import asyncio
 import marshal
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
 from sqlalchemy import Boolean, String, Table
 
+from tokenauth.background import outlast
 from tokenauth.errors import CopyError
 from tokenauth.stores import schema
 from tokenauth.stores.tables import marks, metadata, tokens
@@ -101,10 +102,6 @@ TABLES = [_copied(table) for table in metadata.sorted_tables]
 _INDEXES = [str(index.name) for table in TABLES for index in table.table.indexes if not index.unique]
 """Indexes that are built after the rows are added, which takes a fraction of the time."""
 
-_CLEAR_TARGET = (
-    f"CREATE TABLE {schema.COPY_STATE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)",
-    "DELETE FROM marks",  # an empty database has the time at which it was made
-)
 _SELECT_STATE = f"SELECT content FROM {schema.COPY_STATE} WHERE kind = $1"  # noqa: S608 - constants
 _SET_REVISION = "UPDATE alembic_version SET version_num = $1"
 
@@ -189,37 +186,35 @@ class Side(ABC):
     async def set_sequences(self, sequences: Mapping[str, int]) -> None:
         """Let the next numbers of some tables be higher than these."""
 
-    async def open_target(self, source: str) -> None:
-        """Connect to write, as the only user.
+    async def open_target(self, source: str) -> bool:
+        """Connect to write, as the only user. Return whether there is something to do.
 
-        The database has all tables. It must be empty, or an unfinished copy of this source; from now on it is one.
+        The database has all tables. If it is empty, it is an unfinished copy of this source from now on. If it has
+        rows, and is no unfinished copy, there is nothing to do: this source may have been copied to it before.
         """
         users = await self.open_alone()
         if users is not None:
             raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
         [(version,)] = await self.fetch("SELECT version_num FROM alembic_version")
-        if version == schema.COPYING:
-            begun = str((await self.fetch(_SELECT_STATE, "source"))[0][0])
-            if begun != source:
-                raise CopyError(
-                    f"{self.name} is an unfinished copy of {begun}; finish that with the same command, or copy to a new"
-                    " database"
-                )
-            return
-        for table in TABLES:
+        for table in TABLES if version != schema.COPYING else ():
             if table.table is not marks and await self.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608 - names
-                raise CopyError(
-                    f"{self.name} is not empty; if a copy to it has finished, set database.url to it. Otherwise copy to"
-                    " a new database, or move this one away first"
-                )
+                return False
+        for (begun,) in await self.fetch(_SELECT_STATE, "source") if version == schema.COPYING else ():
+            if begun == source:
+                return True
+            raise CopyError(
+                f"{self.name} is an unfinished copy of {begun!s}; finish that with the same command, or copy to a new"
+                " database"
+            )
         async with self.transaction():
-            for statement in _CLEAR_TARGET:
-                await self.fetch(statement)
+            await self.fetch(schema.CREATE_COPY_STATE)
+            await self.fetch("DELETE FROM marks")  # an empty database has the time at which it was made
             await self.fetch(f"INSERT INTO {schema.COPY_STATE} VALUES ('source', $1)", source)  # noqa: S608 - constants
             for name in _INDEXES:
                 await self.fetch(f"INSERT INTO {schema.COPY_STATE} SELECT 'index', {self.indexes} = '{name}'")
                 await self.fetch(f'DROP INDEX "{name}"')
             await self.fetch(_SET_REVISION, schema.COPYING)
+        return True
 
     async def count(self, table: CopiedTable) -> int:
         """Return the number of rows."""
@@ -307,11 +302,16 @@ async def copy(source: Side, target: Side, on_progress: OnProgress) -> CopyRepor
     """Copy everything. Both sides are not open, and are closed in the end. Raises CopyError."""
     try:
         await source.open_source()
-        await target.open_target(source.name)
-        return await _Copy(source, target, on_progress).run()
+        begun = await target.open_target(source.name)
+        job = _Copy(source, target, on_progress)
+        return await (job.run() if begun else job.check())
     finally:
         await target.close()
         await source.close()
+
+
+class _Differs(Exception):
+    """The databases are not equal."""
 
 
 class _Copy:
@@ -344,10 +344,24 @@ class _Copy:
         tables = [await self._compare(table, number) for table, number in zip(TABLES, added, strict=True)]
         in_use = in_use or await self._source.find_users()
         if in_use is None:
-            await self._target.finish(await self._source.sequences())
+            await outlast(self._target.finish(await self._source.sequences()))
         else:
             tables = [table._replace(digest=None) for table in tables]
         return self._report(tables, in_use)
+
+    async def check(self) -> CopyReport:
+        """Return the report of a copy that had finished before. Raises CopyError unless both databases are equal."""
+        if await self._source.seal() is None:
+            with suppress(_Differs):
+                if self._renumbers:
+                    self._numbers = await self._source.find_new_numbers()
+                tables = [await self._compare(table, 0, correct=False) for table in TABLES]
+                if await self._source.find_users() is None:
+                    return self._report(tables, None)
+        raise CopyError(
+            f"{self._target.name} is not empty; if a copy to it has finished, set database.url to it. Otherwise copy to"
+            " a new database, or move this one away first"
+        )
 
     def _report(self, tables: Sequence[TableReport], in_use: str | None) -> CopyReport:
         return CopyReport(self._source.name, self._target.name, tables, in_use)
@@ -367,8 +381,8 @@ class _Copy:
             self._on_progress("copying", table.name, min(done + added, total), total)
         return added
 
-    async def _compare(self, table: CopiedTable, added: int) -> TableReport:
-        """Make the rows of the target equal to those of the source."""
+    async def _compare(self, table: CopiedTable, added: int, correct: bool = True) -> TableReport:
+        """Make the rows of the target equal to those of the source. Unless it may `correct` them, raise _Differs."""
         total = await self._source.count(table)
         digest = sha256()
         rows = corrected = 0
@@ -381,6 +395,8 @@ class _Copy:
             end = min((table.key_of(page[-1]) for page in (wanted, there) if len(page) == BATCH), default=None)
             if wanted != there:
                 wanted, there = _until(table, wanted, end), _until(table, there, end)
+                if not correct and wanted != there:
+                    raise _Differs
                 corrected += await self._correct(table, after, wanted, there)
             # version 2 of the format is the same for equal values
             digest.update(b"".join([marshal.dumps(row, 2) for row in wanted]))

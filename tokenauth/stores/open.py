@@ -29,11 +29,13 @@ def open_store(
     clock: Clock | None = None,
     serving: bool = True,
     served: ServedDatabase | None = None,
+    copying: bool = False,
 ) -> "Store":
     """Return the store at a URL, not yet started. Raises ConfigError.
 
     Without a `clock` it uses this machine's, or PostgreSQL's. Unless it is for `serving`, a start creates no database.
-    Neither does a start for a database that is already `served`.
+    Neither does a start for a database that is already `served`. `copying`: a database that it creates is an unfinished
+    copy of another.
     """
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
@@ -48,9 +50,9 @@ def open_store(
     if not all(value for _, value in parse_qsl(options, keep_blank_values=True)):
         raise ConfigError("database.url: has an option without a value")  # SQLAlchemy would leave it out
     if url.drivername == _SQLITE:
-        return Store(_sqlite(url, clock or time.time, serving, served), cache_size)
+        return Store(_sqlite(url, clock or time.time, serving, served, copying), cache_size)
     if url.drivername == _POSTGRESQL:
-        return Store(_postgres(url, settings.connections, clock, serving, served), cache_size)
+        return Store(_postgres(url, settings.connections, clock, serving, served, copying), cache_size)
     raise ConfigError(f"database.url: {url.drivername!r} is not supported; use {_SQLITE} or {_POSTGRESQL}")
 
 
@@ -120,7 +122,7 @@ def _file(settings: DatabaseSettings) -> str | None:
     return None if scheme != _SQLITE or path in _NO_FILE else os.path.abspath(path)
 
 
-def _sqlite(url: "URL", clock: Clock, serving: bool, served: ServedDatabase | None) -> "Engine":
+def _sqlite(url: "URL", clock: Clock, serving: bool, served: ServedDatabase | None, copying: bool) -> "Engine":
     from tokenauth.stores.sqlite.engine import SqliteEngine
 
     if url.database in _NO_FILE:
@@ -134,11 +136,11 @@ def _sqlite(url: "URL", clock: Clock, serving: bool, served: ServedDatabase | No
         )
     if url.query:
         raise ConfigError(f"database.url: has no option {min(url.query)!r}; SQLite takes a path and no options")
-    return SqliteEngine(url, clock, serving, served)
+    return SqliteEngine(url, clock, serving, served, copying)
 
 
 def _postgres(
-    url: "URL", connections: int, clock: Clock | None, serving: bool, served: ServedDatabase | None
+    url: "URL", connections: int, clock: Clock | None, serving: bool, served: ServedDatabase | None, copying: bool
 ) -> "Engine":
     from sqlalchemy.exc import ArgumentError
 
@@ -158,7 +160,7 @@ def _postgres(
     except ValueError as error:
         raise ConfigError(f"database.url: {error}") from None
     try:
-        return PostgresEngine(url, connections, clock, serving, create=serving and served is None)
+        return PostgresEngine(url, connections, clock, serving, serving and served is None, copying)
     except (ArgumentError, ValueError):
         raise ConfigError(
             "database.url: has options that do not fit together; each host needs a port, as in ?host=a:5432&host=b:5432"

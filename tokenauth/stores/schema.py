@@ -27,6 +27,8 @@ COPYING = "copying"
 COPY_STATE = "copy_state"
 """The table of an unfinished copy that has the name of its source, and the definitions of indexes to be built."""
 
+CREATE_COPY_STATE = f"CREATE TABLE IF NOT EXISTS {COPY_STATE} (kind VARCHAR NOT NULL, content VARCHAR NOT NULL)"
+
 UNFINISHED_COPY = "an unfinished copy of another database"
 
 FINISH_COPY = "run the same `tokenauth copy` again to finish it, or use another database"
@@ -101,10 +103,11 @@ def taken_names(others: Iterable[str]) -> str:
 OWN_DATABASE = "use a database of its own"
 
 
-def upgrade(db: Connection, name: str) -> str | None:
+def upgrade(db: Connection, name: str, copying: bool = False) -> str | None:
     """Bring the schema of a database up to date inside the caller's transaction; return the revision it had.
 
-    The caller has a lock that excludes other upgrades. Raises StartError if a newer release has upgraded it, or another
+    The caller has a lock that excludes other upgrades. `copying`: if there are no tables, make those of an unfinished
+    copy. Raises StartError if a newer release has upgraded it, or another
     program uses the names of its tables.
     """
     had = version(db)
@@ -124,6 +127,9 @@ def upgrade(db: Connection, name: str) -> str | None:
         )
     settings.attributes["connection"] = db
     command.upgrade(settings, "head")
+    if had is None and copying:
+        db.execute(text(CREATE_COPY_STATE))
+        db.execute(text("UPDATE alembic_version SET version_num = :copying"), {"copying": COPYING})
     return had
 
 

@@ -200,23 +200,25 @@ class Connections:
                 f"the database {self.name} keeps text as {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0"
             )
 
-    async def upgrade(self, create: bool = True) -> None:
+    async def upgrade(self, create: bool = True, copying: bool = False) -> None:
         """Bring the schema up to date. Any number of machines may do so at once. Raises what the drivers raise.
 
         A transaction that waits to alter a table blocks all later users of the table. So an upgrade waits only briefly
         for its locks, and is retried while others hold them (a backup reads all tables in one transaction, or another
         machine upgrades). If the schema is up to date, this needs no lock. Raises StartError if there are no tables and
-        it may not `create` them.
+        it may not `create` them. `copying`: it creates those of an unfinished copy.
         """
         waited = False
-        while not schema.serves(had := await self.read_once(schema.version)):
+        while not schema.serves(had := await self.read_once(schema.version)) and not (
+            copying and had == schema.COPYING
+        ):
             if had is None and not create:
                 raise StartError(
                     f"The database {self.name} has no tables of tokenauth. Correct database.url,"
                     " or run `tokenauth migrate`."
                 )
             try:
-                await self._upgrade()
+                await self._upgrade(copying)
             except exc.DBAPIError as error:
                 if not isinstance(error.__cause__ and error.__cause__.__cause__, asyncpg.LockNotAvailableError):
                     raise
@@ -225,13 +227,13 @@ class Connections:
                 waited = True
                 await asyncio.sleep(_UPGRADE_PAUSE)
 
-    async def _upgrade(self) -> None:
+    async def _upgrade(self, copying: bool) -> None:
         async with self._upgrade_engine.begin() as db:
             await db.execute(text("SET LOCAL lock_timeout = '4s'"))
             await db.execute(_LOCK_SCHEMA)
             await db.execute(text("SET LOCAL lock_timeout = '500ms'"))
             await db.execute(text("SET LOCAL statement_timeout = 0"))
-            had = await db.run_sync(schema.upgrade, self.name)
+            had = await db.run_sync(schema.upgrade, self.name, copying)
         if not schema.serves(had):
             schema.log_upgrade(had, self.name)
 

@@ -43,13 +43,17 @@ class PostgresEngine:
     identity = "any"
     """A database that replaces another of its name is used, if it has tables: `Listener` then clears the cache."""
 
-    def __init__(self, url: URL, connections: int, clock: Clock | None, serving: bool, create: bool) -> None:
+    def __init__(
+        self, url: URL, connections: int, clock: Clock | None, serving: bool, create: bool, copying: bool = False
+    ) -> None:
         """Take `postgresql+asyncpg://...` and the number of connections. Without a `clock` the time is the database's.
 
-        Unless it is for `serving`, it writes only the changes that are asked for. `create`: make missing tables.
+        Unless it is for `serving`, it writes only the changes that are asked for. `create`: make missing tables,
+        `copying` as those of an unfinished copy.
         """
         self._serving = serving
         self._create = create
+        self._copying = copying
         database_clock = DatabaseClock()
         self.clock: Clock = clock or database_clock
         self.connections = Connections(url, connections, self.clock, clock is not None, database_clock.fresh)
@@ -60,7 +64,7 @@ class PostgresEngine:
     async def start(self, on_clock_advance: OnClockAdvance) -> Instant:
         try:
             await self._connect()
-            await self.connections.upgrade(self._create)
+            await self.connections.upgrade(self._create, self._copying)
             await self.feed.start()
             row = await self.connections.read_once(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:

@@ -139,7 +139,8 @@ class SqliteSide(Side):
         await self.fetch("PRAGMA synchronous = FULL")
         await self.fetch("PRAGMA fullfsync = ON")
         await super().finish(sequences)
-        await self.fetch("PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(CopyError):  # what is committed is finished; the server copies the -wal file, too
+            await self.fetch("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def _run(self, job: Callable[[], T]) -> T:
         try:

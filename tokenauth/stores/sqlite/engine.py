@@ -35,15 +35,17 @@ _RECHECK = 1.0
 class SqliteEngine:
     """Engine of one SQLite file. Changes go to one thread, brief queries run on the event loop, others in threads."""
 
-    def __init__(self, url: URL, clock: Clock, serving: bool, served: ServedDatabase | None) -> None:
+    def __init__(
+        self, url: URL, clock: Clock, serving: bool, served: ServedDatabase | None, copying: bool = False
+    ) -> None:
         """Take `sqlite+aiosqlite:///PATH` and the machine's clock.
 
         Unless it is for `serving`, it creates no file, and writes only the changes that are asked for. If a file is
-        already `served`, no other is used, and none is created.
+        already `served`, no other is used, and none is created. `copying`: one that it creates is an unfinished copy.
         """
         self.clock = clock
         self._path = path = os.path.abspath(url.database or "")
-        self.writer = SqliteWriter(path, clock, create=serving and served is None)
+        self.writer = SqliteWriter(path, clock, create=serving and served is None, copying=copying)
         self.reader = self.feed = Reader(path, self._read_failed)
         self._serving = serving
         self._served = served

@@ -88,13 +88,14 @@ class _NotWritten(Exception):
 class SqliteWriter:
     """Makes changes in batches, probes while they fail, and checks that the -wal file can be copied."""
 
-    def __init__(self, path: str, clock: Clock, create: bool) -> None:
-        """`create` the file if it does not exist."""
+    def __init__(self, path: str, clock: Clock, create: bool, copying: bool = False) -> None:
+        """`create` the file if it does not exist, `copying` as an unfinished copy."""
         self.path = path
         self._clock = clock
         self.file_replaced = False
         """Whether another file is at the path now: nothing may be written any more."""
         self._create = create
+        self._copying = copying
         self._thread = _executor()
         self._spare = _executor()  # while the first thread is stuck in its wait for the write lock
         self._using = threading.Lock()  # one thread at a time uses the connection
@@ -404,7 +405,7 @@ class SqliteWriter:
             raise self._missing()
         event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
         with engine.begin() as db:
-            return schema.upgrade(db, self.path)
+            return schema.upgrade(db, self.path, self._copying)
 
     def _missing(self) -> StartError:
         return StartError(
