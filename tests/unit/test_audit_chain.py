@@ -81,6 +81,8 @@ TAMPERED: dict[str, tuple[Callable[[Lines], Lines], int | None, str]] = {
     "cut in the middle": (lambda lines: [*lines[:4], lines[4][:30] + b"\n", *lines[5:]], 5, "changed or cut"),
     "cut at the end": (lambda lines: lines[:-2], None, "the last 2 lines are missing"),
     "cut in the last line": (lambda lines: [*lines[:-1], lines[-1][:-20]], 9, "changed or cut"),
+    "without the last line break": (lambda lines: [*lines[:-1], lines[-1].rstrip()], 9, "line break at the end"),
+    "without a line break": (lambda lines: [*lines[:4], lines[4].rstrip(), *lines[5:]], 5, "was changed or cut"),
     "the last one changed with its hash": (lambda lines: [*lines[:-1], forge(lines[-1])], None, "not the one"),
     "the first one removed and renumbered": (
         lambda lines: [forge(lines[1].replace(b'"n":2', b'"n":1')), *lines[2:]], 1, "numbered 1, and follows others"
@@ -229,6 +231,20 @@ def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     chain.head_path.write_bytes(before)
     chain.append([record(5)])
     assert (chain.verify().problem, chain.verify().lines) == (None, 5)
+
+
+def test_a_rotated_file_without_its_end_shows(tmp_path: Path) -> None:
+    """Also where it is checked by name, and compressed."""
+    chain = filled(tmp_path, 5)
+    whole = chain.path.rename(tmp_path / "audit.jsonl.1")
+    chain.append([record(6)])
+    assert chain.verify().problem is None
+    whole.write_bytes(whole.read_bytes().removesuffix(b"\n"))
+    packed = tmp_path / "packed.gz"
+    packed.write_bytes(gzip.compress(whole.read_bytes()))
+    for files in ([], [whole], [packed]):
+        verdict = chain.verify(files)
+        assert (verdict.breaks, verdict.problems[0].position) == (1, ([*files, whole][0], 5))
 
 
 def test_lines_written_before_the_head_are_kept(tmp_path: Path) -> None:

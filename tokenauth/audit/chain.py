@@ -55,6 +55,8 @@ _SHOWN = 20
 
 _CHANGED = "this line was changed or cut, or tokenauth did not write it"
 
+_END_REMOVED = "the line break at the end of this line was removed"
+
 _APPEND = os.O_RDWR | os.O_APPEND
 
 _HASH_FIELD, _HASH_END = b',"hash":"', b'"}'
@@ -290,8 +292,9 @@ class Chain:
 
         Return also how many lines at the end are changed ones, and whether the line of the head is there, or the next.
         """
-        verdict, broken, changed, known = Verdict(keyed=bool(self._key)), None, 0, False
-        for position, line in lines:
+        verdict, broken, right, changed, known = Verdict(keyed=bool(self._key)), None, None, 0, False
+        for position, whole in lines:
+            line = whole.removesuffix(b"\n")
             found = self._read(line)
             if broken is not None:
                 if found is not None and _marks_cut(line, broken[1]):
@@ -300,13 +303,18 @@ class Chain:
                     verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
                 broken = None
             if found is None:
-                broken = position, line  # the next line may say that it was cut
+                broken, right = (position, line), None  # the next line may say that it was cut
                 continue
+            if right is not None and _marks_cut(line, right[1]):  # a crash leaves no line that is marked, and right
+                verdict = verdict.broken(_END_REMOVED, right[0])
+            right = position, line
             if not changed or found.n != verdict.last + changed + 1:  # else the changed lines are those in between
                 problem = _problem(verdict, found)
                 if problem is not None:
                     verdict = verdict.broken(problem, position)
             changed = 0
+            if line == whole and (head is None or found.n <= head.n):  # a crash may leave such a line beyond the head
+                verdict = verdict.broken(_END_REMOVED, position)
             known = known or (head is not None and (_is_last(head, found) or _follows(head, found)))
             if found.n > verdict.last:
                 verdict = verdict._replace(
@@ -333,7 +341,7 @@ def read(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, which may be compressed by gzip. Raises OSError."""
     with ExitStack() as stack:
         for _, line in _lines([_open_to_read(stack, path)]):
-            yield line
+            yield line.removesuffix(b"\n")
 
 
 def timestamp() -> str:
@@ -410,6 +418,8 @@ def _write_all(fd: int, data: bytes) -> None:
 
 def _marks_cut(line: bytes, cut: bytes) -> bool:
     """Return whether a line is the record that marks this other line as cut."""
+    if CUT.encode() not in line:
+        return False
     try:
         record = msgspec.json.decode(line, type=_CutRecord)
     except msgspec.DecodeError:
@@ -446,14 +456,14 @@ def _open_to_read(stack: ExitStack, path: Path) -> _Opened:
 
 
 def _lines(opened: Iterable[_Opened]) -> Iterator[tuple[Position, bytes]]:
-    """Yield the lines of files. Raises OSError."""
+    """Yield the lines of files, each with its line break. Raises OSError."""
     for path, file, size in opened:
         left = size
         for number, line in enumerate(file, 1):
             left -= len(line)
             if left < 0:
                 break
-            yield Position(path, number), line.removesuffix(b"\n")
+            yield Position(path, number), line
 
 
 def _first_number(path: Path) -> int:
