@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 from tests.support.connections import TIMEOUT, Closed, Connection, NoAnswer, Refused, takes_connections
 from tests.support.servers import LONGEST_STEP, HandClock, Server, serve, starting
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -139,15 +142,16 @@ def background(work: Callable[[], object], count: int = 1) -> Iterator[None]:
         raise errors[0]
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait until the condition is true. Fails after `seconds`, with `what` in its message."""
+def until(condition: Callable[[], T | None], what: str, seconds: float = 60) -> T:
+    """Wait until the condition is true, and return its value. Fails after `seconds`, with `what` in its message."""
     waited, before = 0.0, monotonic()
     pause = threading.Event()
-    while not condition():
+    while not (found := condition()):
         pause.wait(0.02)
         now = monotonic()
         waited, before = waited + min(now - before, LONGEST_STEP), now
         assert waited < seconds, f"not within {seconds:g} seconds: {what}"
+    return found
 
 
 @contextmanager

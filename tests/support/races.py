@@ -273,17 +273,30 @@ class Race:
     def finish(self, pass_time: Callable[[], object] = lambda: None) -> None:
         """Let all leases end. Check that no promise was broken, and that each remaining token can be leased once."""
         for pool, history in self.histories.items():
-            with self._reliable(pool) as api:
-                until(lambda: not pass_time() and api.leased() == 0, "all leases have ended")
-                tokens = api.tokens()
+            with self._reliable(pool, self._outages) as api:
                 last = Holder("last", api, history, Random(0))
-                taken = {grant.token for _ in range(len(tokens) + 1) if (grant := last.assign()) is not None}
+                tokens, taken = until(
+                    lambda: self._lease_all(api, last) if not pass_time() else None,  # noqa: B023
+                    "all leases have ended, and the store is up",
+                )
             found = history.violations(self._lease_ttl, CAPACITIES[pool])
             assert not found, "\n".join([f"{len(found)} violations", *found[:9]])
             assert history.events[-1].outcome is Outcome.REFUSED, "one more lease than tokens"
             assert taken == tokens, f"cannot be leased again: {tokens - taken}"
             check_remaining(history, tokens)
             check_eventful(history, CAPACITIES[pool])
+
+    def _lease_all(self, api: "HttpPoolApi", last: Holder) -> tuple[set[str], set[str]] | None:
+        """Return all tokens, and those that `last` could lease; None while leases run, and after an outage."""
+        try:
+            if api.leased():
+                return None
+            tokens = api.tokens()
+            return tokens, {grant.token for _ in range(len(tokens) + 1) if (grant := last.assign()) is not None}
+        except NoAnswer:
+            if not self._outages:
+                raise
+            return None
 
     def _run(self, pool: str, number: int, more: Callable[[], bool], between: Callable[[], object]) -> None:
         chance = Random(f"{self._seed} {number}")
@@ -294,8 +307,8 @@ class Race:
                 holder.step()
                 between()
 
-    def _reliable(self, pool: str) -> "closing[HttpPoolApi]":
-        return closing(HttpPoolApi(self._ports, self._login, pool, Random(self._seed), hangup_rate=0))
+    def _reliable(self, pool: str, outages: bool = False) -> "closing[HttpPoolApi]":
+        return closing(HttpPoolApi(self._ports, self._login, pool, Random(self._seed), hangup_rate=0, outages=outages))
 
 
 def check_remaining(history: History, tokens: set[str]) -> None:

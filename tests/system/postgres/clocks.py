@@ -16,6 +16,10 @@ _SHADOW = (
     CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE
     RETURN pg_catalog.clock_timestamp() + make_interval(secs => (SELECT seconds FROM public.clock_shift))
     """,
+    """
+    CREATE FUNCTION public.transaction_timestamp() RETURNS timestamptz LANGUAGE sql STABLE
+    RETURN pg_catalog.transaction_timestamp() + make_interval(secs => (SELECT seconds FROM public.clock_shift))
+    """,
 )
 
 
@@ -24,9 +28,9 @@ PATIENT = {"PATIENT": "1"}
 
 
 class ShiftedDatabase:
-    """A database with the schema, whose `clock_timestamp()` is shifted by some seconds.
+    """A database with the schema, whose `clock_timestamp()` and `transaction_timestamp()` are shifted by some seconds.
 
-    The search path finds this function before the built-in one, so the queries of tokenauth are unchanged.
+    The search path finds these functions before the built-in ones, so the queries of tokenauth are unchanged.
     """
 
     def __init__(self, cluster: Cluster, url: str) -> None:
