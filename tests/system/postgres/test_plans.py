@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.contract.test_pool_cost import CHEAP, FEW, IN_LINE, LEASED, rows
 from tests.promises.test_12_cost import CHANGES, EACH, PAGE, digest, kind
+from tests.support.patience import be_patient
 from tests.support.servers import START
 from tests.support.steps import DirectEngine
 from tests.system.postgres.nodes import fixed_time
@@ -119,7 +120,8 @@ class Direct(DirectEngine):
 
 
 @pytest.fixture
-async def direct(url: str) -> AsyncIterator[Direct]:
+async def direct(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Direct]:
+    be_patient(monkeypatch)  # tables are filled with many rows
     connections = Connections(make_url(url), 1, fixed_time, caller_time=True)
     await connections.upgrade()
     async with connections._engine.connect() as connection:
