@@ -1,7 +1,8 @@
 """Leases and logins end by the database's clock, not by the clocks of the nodes. It may be set back."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.support.servers import Server, worker
 from tests.system.postgres.clocks import PATIENT, ShiftedDatabase, skewed
 from tests.system.postgres.nodes import fetch, fresh, nodes, write_config_for
 from tokenauth.models import LeaseCheck, Pool
+from tokenauth.stores.store import Store
 
 HOUR = 3600
 SKEWS = (HOUR, -HOUR)
@@ -178,3 +180,33 @@ async def test_a_clock_set_back_does_not_cost_a_holder_its_lease(moved: ShiftedD
         assert extended is not None
         assert extended.granted
         assert extended.token.free_at == leased.free_at, "an extension must not shorten a lease"
+
+
+LONG = replace(POOL, lease_ttl=2 * HOUR)
+
+
+async def _lease(node: Store, pool: Pool, now: float) -> bool:
+    return (await node.pools.assign(pool, "bob", now)).token is not None
+
+
+async def _keep_alive(node: Store, pool: Pool, now: float) -> bool:
+    kept = await node.pools.keep_alive(pool, "t1", now, LeaseCheck("ann", 1))
+    return kept is not None and kept.granted
+
+
+@pytest.mark.parametrize(
+    ("pool", "lease"),
+    [(LONG, _lease), (LONG, _keep_alive), (replace(LONG, per_user=2), _lease)],
+    ids=["lease-at-once", "keep-alive-at-once", "lease-in-a-transaction"],
+)
+async def test_a_lease_by_a_clock_ahead_records_its_time(
+    moved: ShiftedDatabase, pool: Pool, lease: Callable[[Store, Pool, float], Awaitable[bool]]
+) -> None:
+    """Else it would last until that time comes again, if the clock is set back before the node notices the jump."""
+    async with nodes(moved.url, clock=None) as (one,):
+        now = one.clock()
+        await one.pools.generate(pool, ["t1", "t2"], now)
+        assert (await one.pools.assign(pool, "ann", now)).token is not None
+        moved.move(HOUR)
+        assert await lease(one, pool, now)
+        assert await asyncio.to_thread(_latest, moved) == 1

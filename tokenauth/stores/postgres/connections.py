@@ -416,15 +416,14 @@ class Connections:
         self._latest = max(self._latest, batch.now)
         due = batch.now > self._clock_written + _CLOCK_INTERVAL or SaveTime in batch.groups
         clock = self._latest if due else None
-        written = self._make_at_once(db, batch, clock)
+        written = clock if self._make_at_once(db, batch, clock) else None
         if batch.groups:
             try:
-                self._attempt(db, batch, clock)
+                written = self._attempt(db, batch, clock)
             except LockConflict:
-                self._attempt(db, batch, clock, exclusive=True)
-            written = True
-        if due and written:
-            self._clock_written = batch.now
+                written = self._attempt(db, batch, clock, exclusive=True)
+        if written is not None:
+            self._clock_written = written
 
     def _make_at_once(self, db: Connection, batch: Batch, clock: Instant | None) -> bool:
         """Make and answer the changes that one statement can make; the others stay in the batch.
@@ -435,7 +434,12 @@ class Connections:
             return False
         plain = driver(db)
         transaction = PostgresTransaction(
-            plain, self._caller_time, self.notifies, clock=clock, deadline=self._at_once_deadline
+            plain,
+            self._caller_time,
+            self.notifies,
+            clock=clock,
+            clock_limit=self._clock_written + 2 * _CLOCK_INTERVAL,
+            deadline=self._at_once_deadline,
         )
         try:
             for kind in (AT_ONCE.keys() - self._never_at_once) & batch.groups.keys():
@@ -458,12 +462,19 @@ class Connections:
         now = self._database_clock()
         return -math.inf if now is None else now + WITHIN
 
-    def _attempt(self, db: Connection, batch: Batch, clock: Instant | None, exclusive: bool = False) -> None:
+    def _attempt(self, db: Connection, batch: Batch, clock: Instant | None, exclusive: bool = False) -> Instant | None:
+        """Make all changes in one transaction. Returns what it has written to the clock row, if anything.
+
+        That is `clock`, or the database's time if that has jumped ahead: a lease that is made at a time which nobody
+        remembers would last until that time comes again.
+        """
         plain = driver(db)
         transaction = PostgresTransaction(plain, self._caller_time, self.notifies, exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
             batch.make(transaction)
+            if transaction.latest > self._clock_written + _CLOCK_INTERVAL:
+                clock = max(clock or 0.0, transaction.latest)
             if clock is not None:
                 write_clock(transaction, clock)
             plain.run_async(lambda connection: connection.execute("COMMIT"))
@@ -474,6 +485,7 @@ class Connections:
         except BaseException:  # it is unknown how far it got
             db.invalidate()
             raise
+        return clock
 
 
 async def _waits_for_standby(db: hosts.Primary) -> bool:

@@ -67,14 +67,16 @@ class PostgresTransaction:
         notifies: bool = False,
         exclusive: bool = False,
         clock: Instant | None = None,
+        clock_limit: Instant = math.inf,
         patience: float = PATIENCE,
         deadline: Clock = lambda: math.inf,
     ) -> None:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
-        `clock`: what `steps` writes to the clock row, if anything. `patience`: seconds that they may take. `deadline`:
-        asked when they are sent, the time of the database's clock at which they fail.
+        `clock`: what `steps` writes to the clock row, if anything. `clock_limit`: if the database's time is later, they
+        write that. `patience`: seconds that they may take. `deadline`: asked when they are sent, the time of the
+        database's clock at which they fail.
         """
         self.sent_at: float | None = None
         """When `steps` last sent a statement, by `boottime`."""
@@ -84,10 +86,16 @@ class PostgresTransaction:
         self._connection = connection
         self.exclusive = exclusive
         self._clock = clock
+        self._clock_limit = clock_limit
         self._patience = patience
         self._notifies = notifies
         self._caller_time = caller_time
         self._locked_at: Instant | None = None
+
+    @property
+    def latest(self) -> Instant:
+        """The database's time that `now` has returned; 0 if it has returned none."""
+        return 0.0 if self._caller_time else self._locked_at or 0.0
 
     def rows(self, statement: ClauseElement, values: Values) -> Rows:
         text, names, constants = _statements.compile(statement, values)
@@ -110,11 +118,13 @@ class PostgresTransaction:
     def steps(self, statement: ClauseElement, steps: Sequence[Values]) -> Rows:
         """Run a statement of `at_once` in steps, in one round trip. Outside a transaction, it also commits."""
         own: Values = {
-            **{"clock": None, "notifies": self._notifies, "caller_time": self._caller_time},
+            **{"clock": None, "clock_limit": math.inf},
+            **{"notifies": self._notifies, "caller_time": self._caller_time},
             **{"patience": self._patience, "deadline": self._deadline()},
         }
         each = [{**own, **values} for values in steps]
-        each[-1]["clock"] = self._clock  # as in other transactions, its row is the last that is locked
+        # As in other transactions, the clock row is the last that is locked.
+        each[-1] |= {"clock": self._clock, "clock_limit": self._clock_limit}
         self.sent_at = boottime()
         rows = self.rows_each(statement, each)
         self.check_confirmed()
