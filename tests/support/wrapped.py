@@ -39,9 +39,8 @@ class Wrapped:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOKENAUTH_")}
         environment = {**inherited, **LOGIN, "TOKENAUTH_URL": url, **env}
         environment = {name: value for name, value in environment.items() if value}
-        self.process = Forked(
-            "tests.support.serving", ["tokenauth", "run", *arguments], directory, streams, environment
-        )
+        module = "tests.support.interrupted" if "INTERRUPTED_AT" in env else "tests.support.serving"
+        self.process = Forked(module, ["tokenauth", "run", *arguments], directory, streams, environment)
 
     @property
     def out(self) -> str:

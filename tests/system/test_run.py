@@ -261,7 +261,52 @@ def test_signals_are_passed_on_to_the_command(wrap: Wrapper, admin: PoolUser, nu
     assert admin.counts("long") == (1, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+EXTENDED = [pytest.param(number, marks=pytest.mark.extended) for number in (signal.SIGHUP, signal.SIGINT)]
+STOPPING = pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGTERM, *EXTENDED])
+
+
+@STOPPING
+@pytest.mark.parametrize(
+    ("at", "is_run", "is_released"),
+    [
+        ("once POST /api/token", False, True),
+        ("always POST /api/token", False, True),
+        ("once POST /api/pools/long/leases", False, True),
+        ("always POST /api/pools/long/leases", False, True),
+        ("once DELETE /api/pools/long/leases/", True, True),
+        ("always DELETE /api/pools/long/leases/", True, False),
+        ("once DELETE /api/token", True, True),
+        ("always DELETE /api/token", True, True),
+    ],
+)
+def test_a_signal_before_or_after_the_command_runs(
+    wrap: Wrapper, admin: PoolUser, number: signal.Signals, at: str, is_run: bool, is_released: bool
+) -> None:
+    """Before, it is the status. After, it is that of the command; the second signal exits at once."""
+    run = wrap("--pool", "long", "sh", "-c", "echo it ran; exit 7", INTERRUPTED_AT=f"{number} {at}")
+    assert run.wait() == (7 if is_run else 128 + number), run.err
+    assert run.out == ("it ran\n" if is_run else "")
+    assert run.err == ""
+    assert admin.counts("long") == ((1, 0) if is_released else (0, 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGWINCH])
+@pytest.mark.parametrize("at", ["POST /api/token", "POST /api/pools/long/leases", "DELETE /api/pools/long/leases/"])
+def test_other_signals_are_for_the_command_only(wrap: Wrapper, number: signal.Signals, at: str) -> None:
+    run = wrap("--pool", "long", "sh", "-c", "exit 7", INTERRUPTED_AT=f"{number} once {at}")
+    assert (run.wait(), run.err) == (7, "")
+
+
+@STOPPING
+def test_a_command_that_a_signal_ends_has_its_status(wrap: Wrapper, admin: PoolUser, number: signal.Signals) -> None:
+    run = wrap("--pool", "long", *SLEEP)
+    run.command()
+    run.signal(number)
+    assert run.wait() == 128 + number
+    assert admin.counts("long") == (1, 0)
+
+
+@STOPPING
 def test_a_signal_ends_the_wait_and_leaves_the_line(wrap: Wrapper, admin: PoolUser, number: signal.Signals) -> None:
     admin.assign("long")
     run = wrap("--pool", "long", "--wait", "10m", "touch", "ran")

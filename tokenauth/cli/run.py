@@ -137,10 +137,7 @@ def run(url: str, kill_after: float, on_lost: str, command: tuple[str, ...], **t
     kill = on_lost == "kill"
     running = Command(command, Terminal(), kill=kill)
     client = _connect(url, login)
-    status, problem = _Run(url, terms, kill_after, running, kill=kill).run(client)
-    if problem:
-        _complain(problem)
-    os._exit(status)  # at once, also if a thread waits for the address of the server
+    _exit(*_Run(url, terms, kill_after, running, kill=kill).run(client))
 
 
 def _take_login() -> dict[str, str]:
@@ -181,6 +178,13 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
         return AsyncPoolClient(url, auth=auth, log_out=True)
     except ValueError as error:
         raise _WrongUsage(str(error)) from None
+
+
+def _exit(status: int, problem: str) -> None:
+    """Exit at once, also if a thread waits for the address of the server."""
+    if problem:
+        _complain(problem)
+    os._exit(status)
 
 
 def _complain(problem: str) -> None:
@@ -237,6 +241,7 @@ class _Run:
         self._lease_lost = False
         self._lost_reason = ""
         self._signal: signal.Signals | None = None
+        self._outcome: tuple[int, str] | None = None  # once the command has ended
         self._main_task: asyncio.Task[tuple[int, str]] | None = None
 
     def run(self, pools: "AsyncPoolClient") -> tuple[int, str]:
@@ -266,11 +271,15 @@ class _Run:
         try:
             async with pools, pools.lease(**self._terms, on_wait=self._progress.show) as lease:
                 late.cancel()
-                ended = await self._run_command(lease)
+                self._outcome = self._judge(await self._run_command(lease))
         except asyncio.CancelledError:
             if self._signal is None:
                 raise
             return 128 + self._signal, ""
+        return self._outcome
+
+    def _judge(self, ended: Ended) -> tuple[int, str]:
+        """Return the exit status for a command that has ended, and the problem if there is one."""
         if ended.problem:
             return ended.status, f"{self._command}: {ended.problem}."
         if ended.lease_over:
@@ -307,12 +316,15 @@ class _Run:
                 _complain(f"The lease is lost. The command goes on without it.{self._lost_reason}")
 
     def _take_signal(self, number: signal.Signals) -> None:
-        """Pass a signal on to the command. While there is none, stop waiting."""
-        if self._started:
+        """Pass a signal on to the command. Before it is started, stop waiting; the second signal exits at once.
+
+        After it has ended, its lease is still to be released: only the second signal exits at once, as it has ended.
+        """
+        if self._started and self._outcome is None:
             self._command.signal(number)
         elif number in _STOPPING:
-            if self._signal is not None:  # the second one
-                os._exit(128 + number)
+            if self._signal is not None:
+                _exit(*(self._outcome or (128 + number, "")))
             self._signal = number
-            if self._main_task is not None:
+            if self._outcome is None and self._main_task is not None:
                 self._main_task.cancel()
