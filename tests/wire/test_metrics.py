@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -197,6 +198,31 @@ def test_no_counter_falls_when_workers_are_killed(tmp_path: Path) -> None:
         assert scraper.value("validations_total", route="/api/token", result="valid") == 1
 
 
+def test_a_refused_reload_shows_until_one_is_accepted(tmp_path: Path) -> None:
+    config = write_config(tmp_path, SETTINGS)
+    began = time.time()
+    with metered(config) as (server, scraper):
+
+        def loaded_at() -> float:
+            return scraper.value("config_last_reload_success_timestamp_seconds") or 0
+
+        started = loaded_at()
+        assert began <= started <= time.time()
+        assert scraper.value("config_last_reload_successful") == 1
+        right = config.read_text()
+        config.write_text("nonsense")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait("reload_refused")
+        scraper.wait(0, "config_last_reload_successful")
+        assert loaded_at() == started
+        config.write_text(right)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait("reloaded")
+        scraper.wait(1, "config_last_reload_successful")
+        assert started < loaded_at() <= time.time()
+        assert scraper.value("tls_certificate_expiry_timestamp_seconds") is None
+
+
 def test_a_changed_address_needs_a_restart(tmp_path: Path) -> None:
     with metered(write_config(tmp_path, SETTINGS)) as (server, scraper):
         write_config(tmp_path, '[metrics]\nlisten = "127.0.0.1:1"\n')
@@ -241,7 +267,7 @@ def test_all_queries_of_the_dashboard_find_something(running: tuple[Server, Scra
     with server.client() as client:
         client.post("/api/token", json={"username": "ann", "password": "ann-secret"}).raise_for_status()
     until(lambda: scraper.value("live_tokens") is not None, "the tokens are counted")
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {"tokenauth_tls_certificate_expiry_timestamp_seconds": set()}  # see test_tls.py
     for name, found in scraper.samples():
         labels.setdefault(f"tokenauth_{name}", set()).update(label for label, _ in found)
     missing: list[tuple[str, str, set[str]]] = []

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import islice
@@ -18,6 +19,7 @@ from tests.support.certificates import Certificate, make_certificate, make_expir
 from tests.support.framing import sequences
 from tests.support.journal import background, serving, until
 from tests.support.main_process import workers_of
+from tests.support.scraping import SETTINGS, Scraper
 from tests.support.servers import TOKENAUTH, Server, serve, write_config
 from tokenauth.errors import ConfigError
 from tokenauth.server import tls
@@ -329,4 +331,25 @@ def test_the_validity_of_a_certificate_is_known(tmp_path: Path, one: Certificate
     good = validity(one)
     assert (good.names, good.problem) == (("127.0.0.1", "localhost"), "")
     assert good.until is not None
-    assert validity(make_expired(tmp_path)).problem == "certificate has expired"
+    expired = validity(make_expired(tmp_path))
+    assert expired.problem == "certificate has expired"
+    assert expired.until is not None
+    assert expired.until < good.until
+
+
+def test_the_end_of_the_certificate_is_a_metric(tmp_path: Path, one: Certificate) -> None:
+    """Of the one in use: a renewed one counts after the reload, and also an expired one is shown."""
+    shown = Certificate(tmp_path / "tls.pem", tmp_path / "tls.key")
+    copy(make_expired(tmp_path), shown)
+    with serve(write_config(tmp_path, f"{SETTINGS}[server]\n{shown.settings()}")) as server:
+        scraper = Scraper(server)
+        before = scraper.value("tls_certificate_expiry_timestamp_seconds")
+        assert before is not None
+        assert before < time.time()
+        copy(one, shown)
+        assert scraper.value("tls_certificate_expiry_timestamp_seconds") == before
+        server.process.send_signal(signal.SIGHUP)
+        server.wait("reloaded")
+        after = scraper.value("tls_certificate_expiry_timestamp_seconds")
+        assert after is not None
+        assert after > time.time()

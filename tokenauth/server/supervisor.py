@@ -45,6 +45,7 @@ from tokenauth.server.control import Command, Control, ReloadAnswer
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
+from tokenauth.server.tls import KeyPair, Validity
 from tokenauth.server.totals import Totals
 from tokenauth.settings.differences import find_differences
 from tokenauth.settings.model import Settings
@@ -305,15 +306,15 @@ class Supervisor:
         self.audit: AuditLog | None = None
         """Writes what workers could not write before their end."""
         self._file = file
+        self._totals = totals
         self._controls = controls
         self._settings = settings = configuration.settings
-        self._certificate = configuration.certificate
+        self._use_certificate(configuration.certificate)
         self._users = settings.users_by_name
         self._listener = listener
         self._signals = signals
         self._terminal = terminal
         self._manager = manager
-        self._totals = totals
         self._log_fd = os.dup(2)
         self._selector = selectors.PollSelector()  # unlike epoll, it needs no descriptor
         self._selector.register(signals, selectors.EVENT_READ)
@@ -755,6 +756,7 @@ class Supervisor:
     def _refuse(self, cause: str, detail: str) -> None:
         """Log why the configuration could not be read, and say it to the commands that asked for that."""
         log.error("reload_refused", cause=cause, detail=detail)
+        self._totals.note_reload(accepted=False)
         if self._reload is None:
             self._manager.ready()
         commands, self._commands = self._commands, ()
@@ -783,6 +785,7 @@ class Supervisor:
         self._drop_reload()
         self._send_users(self._settings)
         log.error("reload_refused", cause=reload.cause, detail=reason, **reload.changes)
+        self._totals.note_reload(accepted=False)
         self._manager.ready()
         _answer(reload.commands, ReloadAnswer(False, reason, reload.changes))
 
@@ -795,7 +798,8 @@ class Supervisor:
             old, self._slots = self._slots, reload.slots
             if reload.settings.database.url != self._settings.database.url:
                 self._database = None
-            self._settings, self._certificate, self._reload = reload.settings, reload.certificate, None
+            self._settings, self._reload = reload.settings, None
+            self._use_certificate(reload.certificate)
             for slot in reload.slots:
                 if slot.worker is not None:
                     self._note_database(slot.worker)
@@ -809,6 +813,11 @@ class Supervisor:
             step = f": one is still {steps[0]}" if steps else ""
             self._abort_reload(f"the new workers were not ready within {_TIMEOUT} seconds{step}")
 
+    def _use_certificate(self, certificate: KeyPair | None) -> None:
+        self._certificate = certificate
+        until = None if certificate is None else Validity(certificate).until
+        self._totals.certificate_until = None if until is None else until.timestamp()
+
     def _finish_reload(self) -> None:
         """Say that the new configuration is in use, once no replaced worker takes a request any more."""
         reload = self._replacing
@@ -818,6 +827,7 @@ class Supervisor:
         if busy and not self._stopping and time.monotonic() < self._replace_deadline:
             return
         self._replacing = None
+        self._totals.note_reload(accepted=True)
         log.info(
             "reloaded",
             cause=reload.cause,

@@ -3,6 +3,7 @@
 import os
 import ssl
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ SHUTDOWN_TIMEOUT = 2.0
 """Seconds to wait for the other side to end TLS, which idle clients do not do."""
 
 _MAX_FILE = 1 << 20
+
+_NO_CHECK_TIME = 0x200000
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _as_file(content: bytes) -> Iterator[str]:
 
 
 class Validity:
-    """For which names and until when a certificate is valid. `problem` says why it is not."""
+    """For which names and until when a certificate is valid. `problem` says why clients refuse it."""
 
     def __init__(self, pair: KeyPair) -> None:
         """Do a handshake in memory, in which the certificate itself is the one that is trusted."""
@@ -105,7 +109,7 @@ class Validity:
         self.problem = ""
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
-        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
         try:
             client.load_verify_locations(cadata=pair.certificate.decode("latin-1"))
             found = _handshake(create_context(pair), client)
@@ -117,6 +121,11 @@ class Validity:
             return
         self.names = tuple(str(name) for _, name in found.get("subjectAltName", ()))
         self.until = datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), UTC)
+        now = time.time()
+        if now >= self.until.timestamp():
+            self.problem = "certificate has expired"
+        elif now < ssl.cert_time_to_seconds(found["notBefore"]):
+            self.problem = "certificate is not yet valid"
 
 
 def _handshake(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> dict[str, Any]:

@@ -53,10 +53,14 @@ class Totals:
         """`audit` is that of the main process, which also has what workers that have ended could not write."""
         self.configured = configured
         """How many workers there should be."""
+        self.certificate_until: float | None = None
+        """When the certificate expires that the workers use, in Unix seconds; None without TLS."""
         self.crashes = 0
         """Workers that had to be replaced."""
         self._audit = audit
         self._started_at = int(time.time())
+        self._loaded_at = time.time()
+        self._reload_accepted = True
         self._build = build()
         self._minutes: deque[_Minute] = deque(maxlen=LENGTH)
         self._lock = threading.Lock()
@@ -77,6 +81,12 @@ class Totals:
                 add(self._ended, last.snapshot.counts)
                 self._throttled = longest_waits([*self._throttled, *last.snapshot.throttled])
 
+    def note_reload(self, accepted: bool) -> None:
+        """Note that a reload was accepted or refused."""
+        self._reload_accepted = accepted
+        if accepted:
+            self._loaded_at = time.time()
+
     def read(self) -> tuple[Counts, Mapping[Key, float]]:
         """Return the sums of all counts, and the gauges of the workers that report; both with the main process."""
         with self._lock:
@@ -95,8 +105,12 @@ class Totals:
             found.setdefault(("audit_up",), []).append(float(self._audit.problem is None))
         gauges: dict[Key, float] = {key: _MERGE[key[0]](values) for key, values in found.items()}
         counts["worker_crashes_total",] = [self.crashes]
-        own = {("workers",): reporting, ("workers_configured",): self.configured, ("build_info", self._build): 1}
-        return counts, {**gauges, **own}
+        gauges["workers",], gauges["workers_configured",] = reporting, self.configured
+        gauges["config_last_reload_successful",] = self._reload_accepted
+        gauges["config_last_reload_success_timestamp_seconds",] = self._loaded_at
+        if self.certificate_until is not None:
+            gauges["tls_certificate_expiry_timestamp_seconds",] = self.certificate_until
+        return counts, {**gauges, ("build_info", self._build): 1}
 
     def update_history(self) -> None:
         """Add what has been counted until now to the history. To be called about once a second."""
