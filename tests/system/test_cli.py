@@ -423,13 +423,13 @@ def test_tokens_are_listed_by_id_and_never_by_value(served: Server) -> None:
     rows = listed(served, "--user", "ANN")
     assert [set(row) for row in rows] == [
         {
-            "id", "username", "kind", "name", "scopes", "issued_at", "expiry_time", "last_used_at", "address",
+            "id", "user", "kind", "name", "scopes", "issued_at", "expiry_time", "last_used_at", "address",
             "user_agent", "status",
         }
         for _ in rows
     ]  # fmt: skip
-    assert {row["username"] for row in rows} == {"ann"}
-    assert {row["username"] for row in listed(served)} >= {"ann", "bob"}
+    assert {row["user"] for row in rows} == {"ann"}
+    assert {row["user"] for row in listed(served)} >= {"ann", "bob"}
     assert rows[0]["expiry_time"] - rows[0]["issued_at"] == 24 * 3600
     assert rows[0]["address"] == "127.0.0.1"
     table = output(run(served.log.parent, "tokens", "list"))
@@ -471,7 +471,7 @@ def test_tokens_that_end_at_the_next_reload_are_marked(tmp_path: Path) -> None:
         values = issue(server, "ann", "bob", "admin")
         output(run(tmp_path, "user", "remove", "ann"))
         output(run(tmp_path, "user", "passwd", "bob", "--password-stdin", stdin=WORD))
-        rows = {row["username"]: row["status"] for row in listed(server)}
+        rows = {row["user"]: row["status"] for row in listed(server)}
         assert rows == {"ann": "user_removed", "bob": "password_changed", "admin": "valid"}
         assert valid(server, values) == [True] * 3, "must stay valid until the reload"
         assert [row["status"] for row in listed(server, "--user", "ann")] == ["user_removed"]

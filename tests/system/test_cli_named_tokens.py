@@ -149,7 +149,7 @@ def test_a_scan_names_the_live_tokens_in_a_text(home: Path, client: httpx.Client
     done = scan(home, "--json", stdin=text)
     assert done.returncode == 3
     rows = json.loads(done.stdout)
-    assert [(row["file"], row["username"], row["kind"], row["name"], row["status"]) for row in rows] == [
+    assert [(row["file"], row["user"], row["kind"], row["name"], row["status"]) for row in rows] == [
         ("-", "ann", "named", "nightly", "valid"),
         ("-", "admin", "login", None, "valid"),
     ]

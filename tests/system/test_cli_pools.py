@@ -5,6 +5,7 @@ import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,15 +143,18 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         assert counts == {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "reserved": 1}
         moto, pixel = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
         assert list(moto) == list(pixel)
-        assert (moto["name"], moto["labels"], moto["user"], moto["note"]) == ("moto", [], None, "demo")
-        assert (moto["reserved_until"], moto["reserved_for"], moto["reserved_by"]) == (until, "bob", "admin")
+        assert (moto["name"], moto["labels"], moto["user"], moto["note"]) == ("moto", [], None, "")
+        assert moto["reservation"] == {"until": until, "note": "demo", "for": "bob", "by": "admin"}
         assert pixel == {
             "name": "pixel-8", "labels": ["android", "arm"], "token": lease["token"], "fence": 1, "user": "ann",
             "holder": "ci-7", "leased_at": lease["expiry_time"] - 60, "lease_expiry_time": lease["expiry_time"],
-            "reserved_until": None, "reserved_for": None, "reserved_by": None, "note": "shelf 3",
+            "reservation": None, "note": "shelf 3",
         }  # fmt: skip
         head, *rows = output(run(tmp_path, "pool", "show", "phones")).splitlines()
         assert head.split()[:3] == ["name", "labels", "token"]
+        assert head.split()[-7:] == ["reserved", "until", "reserved", "for", "reserved", "by", "note"]
+        assert rows[0].endswith("  bob           admin        demo")
+        assert rows[1].endswith("  shelf 3")
         assert [row.split()[0] for row in rows] == ["moto", "pixel-8"]
         assert f"  {lease['token'][:8]}…  " in rows[1]
         deleted = run(tmp_path, "pool", "delete", "phones", "pixel-8")
@@ -176,7 +180,7 @@ def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
         moto, _ = admin.members("phones")
         assert moto["reservation"] == {"until": until, "note": "battery swap", "for": "bob", "by": None}
         shown, _ = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
-        assert [shown[f"reserved_{name}"] for name in ("until", "for", "by")] == [until, "bob", None]
+        assert shown["reservation"] == moto["reservation"]
         assert ann.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 409
         lease = {"labels": ["moto"], "holder": "ci-7"}
         assert bob.ask("POST", "/phones/leases", lease).status == 201
@@ -311,3 +315,52 @@ def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
     assert mistake(run(home, "pool", command, "nowhere", *more)) == (
         "There is no pool 'nowhere' in config.toml; known are: licences, waiting, permits."
     )
+
+
+ONLY_COMMANDS = {"tokens": {"status"}}
+"""What only commands show."""
+
+
+def test_json_calls_things_as_http_does(tmp_path: Path) -> None:
+    """Each field of a command's JSON is one of the API's, with the same value where both have it."""
+    text = """
+    [pools.phones]
+    members = [{name = "moto", labels = ["arm"], note = "shelf 3"}, {name = "pixel-8"}]
+    [pools.plain]
+    """
+    with worker(write_config(tmp_path, text)) as server, Connection(server.port) as connection:
+        admin, ann = PoolUser(connection), PoolUser(connection, "ann")
+        assert ann.ask("POST", "/phones/leases", {"labels": ["arm"], "holder": "ci-7"}).status == 201
+        admin.ask("PUT", "/phones/members/pixel-8/reservation", {"until": "2h", "note": "demo", "for": "bob"})
+        admin.ask("PUT", "/phones/members/moto/reservation", {"until": "1h"})
+        assert ann.ask("POST", "/phones/leases", {"wait": 0, "request": "r"}).status == 202
+        admin.ask("POST", "/plain/tokens", {"count": 2})
+        assert ann.ask("POST", "/plain/leases", {}).status == 201
+        with server.client(headers={"X-Token": admin.token}) as client:
+
+            def ask(path: str, name: str) -> Any:
+                return client.get(path).raise_for_status().json()[name]
+
+            over_http = {
+                "tokens": ask("/api/tokens", "tokens"),
+                "pools": ask("/api/pools", "pools"),
+                "members": ask("/api/pools/phones", "tokens"),
+                "free": ask("/api/pools/plain?limit=1000", "tokens"),
+                "line": ask("/api/pools/phones/requests", "requests"),
+            }
+        commands = {
+            "tokens": ("tokens", "list", "--user", "admin"),
+            "pools": ("pool", "list"),
+            "members": ("pool", "show", "phones"),
+            "free": ("pool", "show", "plain"),
+            "line": ("pool", "line", "phones"),
+        }
+        for kind, command in commands.items():
+            rows = json.loads(output(run(tmp_path, *command, "--json")))
+            assert len(rows) == len(over_http[kind]) > 0
+            fields = {name for same in over_http[kind] for name in same}
+            for row, same in zip(rows, over_http[kind], strict=True):
+                shown = {name: value for name, value in row.items() if value not in (None, "", [])}
+                assert shown.keys() - ONLY_COMMANDS.get(kind, set()) <= fields
+                common = shown.keys() & same.keys()
+                assert {name: same[name] for name in common} == {name: shown[name] for name in common}

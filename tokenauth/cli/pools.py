@@ -79,9 +79,8 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str, ful
         return [_row(pool, token, service.clock()) for token in await service.pools.list_tokens(pool, utf8(after))]
 
     rows = with_service(config_file, list_tokens)
-    if not (full or as_json):
-        for row in rows:
-            row["token"] = f"{row['token'][:_SHORT]}…"
+    if not as_json:
+        rows = [_flat(row) if full else {**_flat(row), "token": f"{row['token'][:_SHORT]}…"} for row in rows]
     show(rows, as_json, "tokens", ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until"))
 
 
@@ -108,11 +107,25 @@ def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
         "name": token.member,
         "labels": [] if member is None else list(member.labels),
         **{key: row[key] for key in row if key != "expiry_time"},
-        "reserved_until": reservation and int(reservation.until),
-        "reserved_for": reservation and reservation.username,
-        "reserved_by": (reservation and reservation.by) or None,
-        "note": (reservation and reservation.note) or (member and member.note) or None,
+        "reservation": reservation
+        and {
+            "until": int(reservation.until),
+            "note": reservation.note or None,
+            "for": reservation.username,
+            "by": reservation.by or None,
+        },
+        "note": "" if member is None else member.note,
     }
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for a table, which shows one note."""
+    if "reservation" not in row:
+        return row
+    shown = {key: row[key] for key in row if key not in {"reservation", "note"}}
+    found = row["reservation"] or {}
+    reserved = {f"reserved_{key}": found.get(key) for key in ("until", "for", "by")}
+    return {**shown, **reserved, "note": found.get("note") or row["note"] or None}
 
 
 @pool.command("line", epilog="Example: tokenauth pool line licences")

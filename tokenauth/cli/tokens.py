@@ -295,7 +295,7 @@ def _describe_rest(leases: int) -> str:
 def _row(token: "Token", status: str) -> dict[str, Any]:
     return {
         "id": token.id,
-        "username": token.username,
+        "user": token.username,
         "status": status,
         "kind": token.kind,
         "name": token.name,
