@@ -1,0 +1,28 @@
+"""The plain configurations of docs/production.md, in front of tokenauth alone."""
+
+import re
+from pathlib import Path
+
+import httpx
+
+from tests.support.servers import ROOT, log_in, serve, write_config
+from tests.system.proxies.running import running
+
+GUIDE = (ROOT / "docs" / "production.md").read_text()
+
+
+def test_the_block_for_caddy_serves_tokenauth(tmp_path: Path) -> None:
+    [block] = re.findall(r"```caddy\n(.*?)```", GUIDE, re.DOTALL)
+    plain = block.replace("auth.example.com {", "http://:8080 {\n\tbind 0.0.0.0", 1)
+    files = {"/etc/caddy/Caddyfile": "{\n\tadmin off\n\tauto_https off\n}\n" + plain}
+    config = write_config(tmp_path, '[server]\ntrusted_proxies = ["127.0.0.1"]\n')
+    with (
+        serve(config) as server,
+        running("caddy", tmp_path / "caddy", server.port, files, ready=("/readyz", 404)) as proxy,
+        httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}", headers={"X-Forwarded-For": "203.0.113.9"}) as client,
+    ):
+        assert client.get("/healthz").status_code == 200
+        token = log_in(client)
+        [login] = client.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]
+        assert login["address"] == "127.0.0.1", "Caddy does not believe what a client sends"
+        assert client.post("/api/token", content=b"x" * 65_000).status_code == 413
