@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 
 from tokenauth import revocation_queue, values
 from tokenauth.addresses import network
-from tokenauth.background import Background, finished
+from tokenauth.background import Background
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
 from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
@@ -121,18 +122,17 @@ class Tokens:
                 max_expires_at=latest,
                 scopes=scopes,
             )
-            await self._issue(token, address)
+            note = partial(self._note_issued, token, network(address))
+            await self._store.tokens.issue(token, self._settings.per_user, now, note)
         except RetryLater as refusal:
             self._credentials.count(refusal)
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
         return IssuedToken(value, token)
 
-    @finished
-    async def _issue(self, token: Token, address: str) -> None:
-        ended = await self._store.tokens.issue(token, self._settings.per_user, token.issued_at)
+    def _note_issued(self, token: Token, network: str, ended: Sequence[bytes]) -> None:
         self._credentials.count()
-        log.info("token_issued", user=token.username, id=token.id, network=network(address))
+        log.info("token_issued", user=token.username, id=token.id, network=network)
         for each in map(public_id, ended):
             log.info("token_revoked", user=token.username, id=each, reason="per_user", by=token.username)
 
@@ -275,10 +275,12 @@ class Tokens:
         else:
             await self._end(token)
 
-    @finished
     async def _end(self, token: Token) -> None:
-        if await self._store.tokens.revoke(token.digest, self._clock()):
-            log.info("token_revoked", user=token.username, id=token.id)
+        def note(existed: bool) -> None:
+            if existed:
+                log.info("token_revoked", user=token.username, id=token.id)
+
+        await self._store.tokens.revoke(token.digest, self._clock(), note)
 
     async def revoke_id(self, id: str, username: str | None) -> Token:
         """Revoke the token of a user with this public id, and return it. Raises UnknownToken."""

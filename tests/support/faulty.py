@@ -25,16 +25,18 @@ class Faulty:
             raise self.reading
         return await self._tokens.get(digest)
 
-    async def issue(self, token: Token, per_user: int, now: Instant) -> Sequence[bytes]:
+    async def issue(
+        self, token: Token, per_user: int, now: Instant, note: Callable[[Sequence[bytes]], object] | None = None
+    ) -> Sequence[bytes]:
         if self.writing is not None:
             raise self.writing
-        return await self._tokens.issue(token, per_user, now)
+        return await self._tokens.issue(token, per_user, now, note)
 
-    async def revoke(self, digest: bytes, now: Instant) -> bool:
+    async def revoke(self, digest: bytes, now: Instant, note: Callable[[bool], object] | None = None) -> bool:
         self.poisoned |= digest == self.poison
         if self.writing is not None or digest == self.poison:
             raise self.writing or ZeroDivisionError
-        return await self._tokens.revoke(digest, now)
+        return await self._tokens.revoke(digest, now, note)
 
     async def revoke_all(
         self,

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,12 @@ ACTS: Mapping[str, Act] = {
 
 
 async def events(act: Act, directory: Path, clock: HandClock, cancelled: bool) -> list[str]:
-    """Return what is logged of an act."""
-    async with running(directory, SETTINGS, clock) as service:
-        scene = Scene(service, clock)
-        await scene.begin()
-        with structlog.testing.capture_logs() as logs:
+    """Return what is logged of an act until the service has stopped."""
+    with ExitStack() as stack:
+        async with running(directory, SETTINGS, clock) as service:
+            scene = Scene(service, clock)
+            await scene.begin()
+            logs = stack.enter_context(structlog.testing.capture_logs())
             task = asyncio.ensure_future(act(scene))
             await scene.written.wait()
             if cancelled:
@@ -108,9 +109,6 @@ async def events(act: Act, directory: Path, clock: HandClock, cancelled: bool) -
             with suppress(asyncio.CancelledError):
                 await task
             assert task.cancelled() is cancelled
-            await service.tokens.close()
-            for part in (service.named_tokens, service.pools, service.throttle):
-                await part.background.close()
     return [event["event"] for event in logs]
 
 
@@ -133,7 +131,6 @@ async def test_logins_that_a_cancelled_one_ended_are_logged(tmp_path: Path, hand
             await scene.written.wait()
             first.cancel()
             newest = [login.token.id for login in await asyncio.gather(*others)]
-            await service.tokens.close()
         issued = [event["id"] for event in logs if event["event"] == "token_issued"]
         revoked = [event["id"] for event in logs if event["event"] == "token_revoked"]
         assert issued[1:] == newest

@@ -22,6 +22,13 @@ GATHER = 0.001
 """Seconds that a commit waits for more changes at most."""
 
 
+def _deliver(change: Change[A], future: asyncio.Future[A], answer: A) -> None:
+    if change.note is not None:
+        future.get_loop().call_soon(change.note, answer)
+    if not future.done():
+        future.set_result(answer)
+
+
 class Group(Generic[A]):
     """The changes of one kind in a batch, and the futures of their answers."""
 
@@ -37,9 +44,8 @@ class Group(Generic[A]):
 
     def resolve(self) -> None:
         """Deliver the answers, after the commit."""
-        for future, answer in zip(self.futures, self._answers, strict=True):
-            if not future.done():
-                future.set_result(answer)
+        for change, future, answer in zip(self.changes, self.futures, self._answers, strict=True):
+            _deliver(change, future, answer)
 
     def fail(self, error: Exception) -> None:
         """Deliver an error instead."""
@@ -95,8 +101,8 @@ class Batch:
                 left = self.groups.setdefault(kind, Group())
                 left.changes.append(change)
                 left.futures.append(future)
-            elif not future.done():
-                future.set_result(answer)
+            else:
+                _deliver(change, future, answer)
 
     def resolve(self) -> None:
         """Deliver all answers, after the commit."""

@@ -11,7 +11,9 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from contextvars import copy_context
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import BigInteger, Float, LargeBinary, Select, bindparam, func, select
 
@@ -66,7 +68,7 @@ from tokenauth.stores.changes.pools import (
     ReleaseNext,
     Reserve,
 )
-from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll
+from tokenauth.stores.changes.tokens import Issue, NoteUses, PurgeRevocations, PurgeTokens, Revoke, RevokeAll, Surplus
 from tokenauth.stores.changes.waiting import Ask, HandOver, Leave, PutBack, TakeTurns
 from tokenauth.stores.engine import Engine, OnClockAdvance, ignore_clock
 from tokenauth.stores.schema import HEAD
@@ -149,6 +151,19 @@ Fingerprint = tuple[object, ...]
 """A value that is compared with earlier ones."""
 
 
+T = TypeVar("T")
+
+
+def _in_context(note: Callable[[T], object]) -> Callable[[T], object]:
+    """Let what is logged there name the request that is handled now."""
+    context = copy_context()
+    return lambda answer: context.run(note, answer)
+
+
+def _note_own(note: Callable[[Sequence[bytes]], object], surplus: Surplus) -> None:
+    note(surplus.own)
+
+
 class Share(Protocol):
     """Has the other workers of this machine call `forget`, or `forget_missing`, and waits until they have."""
 
@@ -190,12 +205,16 @@ class TokenStore:
         if self.share is not None and not self._engine.feed.sees_commits:
             await self.share((digest,), missing=True)
 
-    async def issue(self, token: Token, per_user: int, now: Instant) -> Sequence[bytes]:
+    async def issue(
+        self, token: Token, per_user: int, now: Instant, note: Callable[[Sequence[bytes]], object] | None = None
+    ) -> Sequence[bytes]:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit.
 
-        Returns the digests of those that were revoked, except what another login at the same time has returned.
+        Returns the digests of those that were revoked, except what another login at the same time has returned. `note`
+        is called with them first, also if the caller is cancelled meanwhile.
         """
-        surplus = await self._engine.apply(Issue(token, per_user, now=now))
+        note_all = note and _in_context(partial(_note_own, note))
+        surplus = await self._engine.apply(Issue(token, per_user, now=now, note=note_all))
         await self._revoked(surplus.digests)
         return surplus.own
 
@@ -263,9 +282,12 @@ class TokenStore:
         rows = await self._engine.read(_FIND, {"low": low, "high": low + b"\xff" * (32 - ID_BYTES)})
         return as_token(rows[0]) if rows else None
 
-    async def revoke(self, digest: bytes, now: Instant) -> bool:
-        """Revoke a token; False if there was none. After this returns, no `get` of any process returns it."""
-        existed = await self._engine.apply(Revoke(digest, now=now))
+    async def revoke(self, digest: bytes, now: Instant, note: Callable[[bool], object] | None = None) -> bool:
+        """Revoke a token; False if there was none. After this returns, no `get` of any process returns it.
+
+        `note` is called with the same first, also if the caller is cancelled meanwhile.
+        """
+        existed = await self._engine.apply(Revoke(digest, now=now, note=note and _in_context(note)))
         await self._revoked((digest,))  # also if another process revoked it, and its notification has not arrived
         return existed
 
