@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import structlog
@@ -15,11 +15,15 @@ from tests.support.patience import LONG, be_patient
 from tests.support.postgres import Cluster, cluster
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
+from tests.system.postgres.feeds import until as until_soon
 from tests.system.postgres.nodes import nodes
 from tests.system.postgres.test_hosts import several
 from tokenauth.errors import StartError, StoreUnavailable
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
+from tokenauth.stores.postgres import hosts, standbys
+from tokenauth.stores.postgres.engine import PostgresEngine
+from tokenauth.stores.postgres.hosts import Primary
 from tokenauth.stores.postgres.listener import BOUND
 from tokenauth.stores.store import Store
 
@@ -42,6 +46,15 @@ async def _done(act: Callable[[], Awaitable[T]]) -> T:
             with suppress(StoreUnavailable):
                 return await act()
             await asyncio.sleep(0.02)
+
+
+async def _watched_by(*nodes: Store) -> None:
+    """Wait until each node has asked the standby whether it was promoted."""
+    for node in nodes:
+        assert isinstance(node.engine, PostgresEngine)
+        watched = node.engine.connections.standbys
+        await until_soon(lambda: len(watched.ask()) > 0)  # noqa: B023
+        await standbys.answers(watched.ask())
 
 
 async def _answered(store: Store, number: int) -> bool:
@@ -92,6 +105,90 @@ async def test_what_waits_at_a_former_primary_is_refused(monkeypatch: pytest.Mon
             assert "store_not_writable" not in [entry["event"] for entry in logs]
             rows = standby.execute("SELECT count(*) FROM tokens", "tokenauth")
             assert rows == [(2,)]
+
+
+async def test_a_former_primary_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on. Other hosts are asked before a token is called unknown, and before a change is answered."""
+    be_patient(monkeypatch)
+    monkeypatch.setattr(hosts, "FIRST_PATIENCE", LONG)
+    monkeypatch.setattr(standbys, "INTERVAL", LONG)
+    monkeypatch.setattr(standbys, "PATIENCE", LONG)
+    with two_servers() as (primary, standby, url):
+        both = several(url, primary.port, standby.port)
+        async with nodes(both, 3) as (one, other, third):
+            await one.tokens.issue(token(1), 0, START)
+            standby.follow(primary)
+            await _watched_by(one, other, third)
+            standby.execute("SELECT pg_promote()")
+            async with nodes(both) as (new,):
+                await new.tokens.issue(token(2), 0, START)
+                assert await _answered(one, 2)
+                for node, number in ((other, 1), (third, 2)):
+                    assert await _done(lambda: node.tokens.revoke(token(number).digest, START))  # noqa: B023
+                    assert await new.tokens.get_current(token(number).digest) is None
+
+
+async def test_a_node_that_only_reads_leaves_a_former_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on, and the node sends nothing but the checks of a cached token, which need no query."""
+    be_patient(monkeypatch)
+    monkeypatch.setattr(hosts, "FIRST_PATIENCE", LONG)
+    with two_servers() as (primary, standby, url):
+        both = several(url, primary.port, standby.port)
+        async with nodes(both) as (node,):
+            await node.tokens.issue(token(1), 0, START)
+            assert await _answered(node, 1)
+            standby.follow(primary)
+            await _watched_by(node)
+            standby.execute("SELECT pg_promote()")
+            async with nodes(both) as (new,):
+                await new.tokens.revoke(token(1).digest, START)
+            async with asyncio.timeout(LONG):
+                while await _answered(node, 1):  # noqa: ASYNC110 - there is no event to wait for
+                    await asyncio.sleep(0.001)
+
+
+async def test_a_connection_may_be_closed_at_any_step(
+    monkeypatch: pytest.MonkeyPatch, postgres: Cluster, database: str
+) -> None:
+    """It may be to a former primary. asyncpg raises AttributeError if it is closed when a statement was prepared."""
+    async with nodes(database) as (node,):
+        prepare = getattr(Primary, "_get_statement")  # noqa: B009 - asyncpg's type stubs lack it
+
+        async def closing(self: Primary, query: str, *arguments: Any, **options: Any) -> Any:
+            statement = await prepare(self, query, *arguments, **options)
+            if "DELETE FROM tokens" in query:
+                self.terminate()
+            return statement
+
+        monkeypatch.setattr(Primary, "_get_statement", closing)
+        with pytest.raises(StoreUnavailable):
+            await node.tokens.revoke(token(1).digest, START)
+        monkeypatch.undo()
+        assert not await _done(lambda: node.tokens.revoke(token(1).digest, START))
+
+
+async def test_a_silent_standby_delays_an_answer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as unreachable until it can be connected to. Then it is asked again."""
+    be_patient(monkeypatch)
+    monkeypatch.setattr(hosts, "FIRST_PATIENCE", LONG)
+    with two_servers() as (primary, standby, url), Proxy(standby.port) as way:
+        both = several(url, primary.port, way.port)
+        async with nodes(both) as (node,):
+            await _watched_by(node)
+            way.freeze()
+            await node.tokens.issue(token(1), 0, START)
+            monkeypatch.setattr(standbys, "PATIENCE", LONG)
+            async with asyncio.timeout(LONG / 2):
+                for number in range(2, 9):
+                    await node.tokens.issue(token(number), 0, START)
+                    assert await node.tokens.get(token(99).digest) is None
+            standby.follow(primary)
+            way.heal()
+            await _watched_by(node)
+            standby.execute("SELECT pg_promote()")
+            async with nodes(both) as (new,):
+                await new.tokens.issue(token(9), 0, START)
+            assert await _answered(node, 9)
 
 
 async def test_a_woken_former_primary_is_not_asked() -> None:

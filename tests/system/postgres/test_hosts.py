@@ -6,6 +6,7 @@ from sqlalchemy import make_url
 from tests.support.postgres import Cluster
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
+from tests.system.postgres.feeds import until
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
@@ -29,6 +30,19 @@ async def test_a_silent_host_delays_no_connection(postgres: Cluster, database: s
         await store.start()
         assert await store.ready() is None
         await store.stop(START)
+
+
+async def test_a_stop_ends_the_connection_to_another_host(postgres: Cluster, database: str) -> None:
+    count = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_control_system%' AND pid <> pg_backend_pid()"
+        " AND datname = current_database()"
+    )
+    with Proxy(postgres.port) as proxy:
+        store = open_store(DatabaseSettings(several(database, postgres.port, proxy.port)), 10)
+        await store.start()
+        await until(lambda: postgres.execute(count, database.rpartition("/")[2]) == [(1,)])
+        await store.stop(START)
+        await until(lambda: postgres.execute(count, database.rpartition("/")[2]) == [(0,)])
 
 
 async def test_a_start_without_a_host_names_all_of_them(

@@ -14,6 +14,7 @@ from tests.contract.conftest import token
 from tests.support.connections import LOGIN, Connection
 from tests.support.history import HandTime
 from tests.support.journal import until
+from tests.support.ports import free_port
 from tests.support.postgres import Cluster, cluster
 from tests.support.races import POOLS, run_race
 from tests.support.servers import START, HandClock, starting, worker
@@ -370,12 +371,13 @@ async def test_a_full_database_is_read_when_it_has_room(postgres: Cluster, datab
             await node.tokens.list("ann", START, 1)
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
 async def test_a_full_primary_begins_no_outage(monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
-    """The open connections work, though a probe gets none."""
+    """The open connections work, though a probe gets none. The third host is down."""
     monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
     with two_servers() as (primary, standby, url):
-        async with nodes(several(url, *[primary.port, standby.port][:hosts])) as (node,):
+        ports = [primary.port, standby.port, free_port()]
+        async with nodes(several(url, *ports[:hosts])) as (node,):
             await asyncio.gather(*(node.tokens.list("ann", START, 1) for _ in range(4)))
             limit_connections(primary, url, 1)
             for number in range(10):

@@ -24,6 +24,7 @@ from tokenauth.stores.circuit_breaker import WAIT_FOR_WRITES, Circuit
 from tokenauth.stores.engine import Change, LockConflict
 from tokenauth.stores.postgres import hosts
 from tokenauth.stores.postgres.at_once import AT_ONCE, TooLate
+from tokenauth.stores.postgres.standbys import Standbys
 from tokenauth.stores.postgres.transaction import WITHIN, PostgresTransaction
 from tokenauth.stores.tables import metadata
 
@@ -119,7 +120,7 @@ class Connections:
         self.name = hosts.name(url)
         self.notifies = True
         self._size = connections
-        self._primaries = hosts.Primaries()
+        self.primaries = hosts.Primaries()
         self._clock = clock
         arguments = {
             "timeout": CONNECT_TIMEOUT,
@@ -136,12 +137,13 @@ class Connections:
             pool_reset_on_return=None,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
-            connect_args={**arguments, "async_creator_fn": self._primaries.connect},
+            connect_args={**arguments, "async_creator_fn": self.primaries.connect},
         )
         event.listen(self._engine.sync_engine, "checkout", self._check_connection)
         event.listen(self._engine.sync_engine, "close", _abort)
         self._arguments = {**self._engine.dialect.create_connect_args(url)[1], **arguments}
-        for_upgrade = {**arguments, "async_creator_fn": self._primaries.connect, "command_timeout": _UPGRADE_TIMEOUT}
+        self.standbys = Standbys(self.primaries, self._arguments)
+        for_upgrade = {**arguments, "async_creator_fn": self.primaries.connect, "command_timeout": _UPGRADE_TIMEOUT}
         self._upgrade_engine = create_async_engine(
             url,
             poolclass=NullPool,
@@ -248,6 +250,7 @@ class Connections:
 
     async def discard(self) -> None:
         """Disconnect."""
+        await self.standbys.stop()
         await self._reading.stop()
         await self._writing.stop()
         await self._engine.dispose()
@@ -289,14 +292,14 @@ class Connections:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[hosts.Primary]:
         """Open one more connection, for one use."""
-        connection = await self._primaries.connect(**self._arguments)
+        connection = await self.primaries.connect(**self._arguments)
         try:
             yield connection
         finally:
             connection.terminate()  # closing it properly could block forever
 
     async def _commit(self, batch: Batch) -> None:
-        promotions = self._primaries.promotions
+        promotions = self.primaries.promotions
         try:
             async with self._writing.attempt() as began, self._engine.connect() as db:
                 await db.run_sync(self._make, batch)
@@ -304,7 +307,7 @@ class Connections:
             if isinstance(error, _BAD_CHANGE):
                 raise
             self._clock_written = 0  # the next commit writes in any case, and so reaches a standby
-            if _is_slow(error) or self._primaries.promotions > promotions:
+            if _is_slow(error) or self.primaries.promotions > promotions:
                 self._writing.start_probe()
             else:
                 self._writing.failed(reason(error), began)
@@ -401,14 +404,11 @@ class Connections:
         return StoreUnavailable(StoreUnavailable.of_writes if self._reading.problem is None else None)
 
     def _check_connection(self, connection: AdaptedConnection, record: ConnectionPoolEntry, _: object) -> None:
-        """Replace a connection that was closed, is older than the last outage, or has committed without standbys.
-
-        Also one to a former primary, which is about to be closed.
-        """
+        """Replace a connection that was closed, is older than the last outage, or whose commits may be lost."""
         opened = connection.driver_connection
         openings = self._reading.openings
         is_older = record.info.setdefault("openings", openings) != openings
-        if opened.is_closed() or is_older or opened.unconfirmed or self._primaries.is_former(opened):
+        if opened.is_closed() or is_older or opened.unconfirmed:
             raise exc.DisconnectionError
 
     def _make(self, db: Connection, batch: Batch) -> None:
@@ -437,13 +437,16 @@ class Connections:
             plain,
             self._caller_time,
             self.notifies,
+            self.standbys.ask(),
             clock=clock,
             clock_limit=self._clock_written + 2 * _CLOCK_INTERVAL,
             deadline=self._at_once_deadline,
         )
         try:
             for kind in (AT_ONCE.keys() - self._never_at_once) & batch.groups.keys():
-                batch.settle(kind, AT_ONCE[kind](transaction, batch.groups[kind].changes))
+                answers = AT_ONCE[kind](transaction, batch.groups[kind].changes)
+                transaction.check_confirmed()
+                batch.settle(kind, answers)
         except (TooLate, asyncpg.InvalidCachedStatementError):  # a table was altered: it is prepared again
             pass
         except asyncpg.FeatureNotSupportedError:  # it only speaks the protocol of PostgreSQL
@@ -469,7 +472,7 @@ class Connections:
         remembers would last until that time comes again.
         """
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._caller_time, self.notifies, exclusive)
+        transaction = PostgresTransaction(plain, self._caller_time, self.notifies, self.standbys.ask(), exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
             batch.make(transaction)

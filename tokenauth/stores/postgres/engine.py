@@ -19,6 +19,7 @@ from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, driv
 from tokenauth.stores.postgres.hosts import NoPrimary
 from tokenauth.stores.postgres.listener import DatabaseClock, Listener
 from tokenauth.stores.postgres.lookup import Lookup
+from tokenauth.stores.postgres.standbys import answers
 from tokenauth.stores.postgres.transaction import PostgresTransaction
 from tokenauth.stores.tables import as_checked_token, checked_columns, failures, marks, tokens
 
@@ -66,6 +67,8 @@ class PostgresEngine:
             await self._connect()
             await self.connections.upgrade(self._create, self._copying)
             await self.feed.start()
+            if self._serving:
+                self.connections.standbys.start()
             row = await self.connections.read_once(lambda db: db.execute(_CLOCK).first())
         except BaseException as error:
             await self.feed.stop()
@@ -111,8 +114,17 @@ class PostgresEngine:
         return self.connections.apply(change)
 
     async def token(self, digest: bytes) -> Token | None:
-        """Look up a token; concurrent look-ups share a query."""
-        return (await self._tokens.find(digest)).get(digest)
+        """Look up a token; concurrent look-ups share a query.
+
+        A former primary lacks what was issued since. So a token is unknown only if no other server was promoted.
+        """
+        while True:
+            promotions = self.connections.primaries.promotions
+            token = (await self._tokens.find(digest)).get(digest)
+            if token is None:
+                await answers(self.connections.standbys.ask())
+            if token is not None or promotions == self.connections.primaries.promotions:
+                return token
 
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts; concurrent look-ups share a query."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -23,9 +23,11 @@ FIRST_PATIENCE = 1.0
 """The same for the first connection of a process, which knows of no promotion yet."""
 
 _TIMELINE = """
-    SELECT system_identifier, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
+    SELECT system_identifier, CASE WHEN pg_is_in_recovery() THEN 0
+        ELSE ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int END
     FROM pg_control_system()
 """
+"""The identifier of a server, which its standbys share, and the timeline to which it writes; 0 for a standby."""
 
 _MAX_PORT = 65535
 _PORT = re.compile(r":(\d+)$", re.ASCII)
@@ -78,13 +80,19 @@ class NoPrimary(OSError):
 
 
 class Primary(_Connection):
-    """A connection to a server that says that it is the primary."""
+    """A connection to one host, usually to the primary."""
+
+    place = ""
+    """Its host and port."""
 
     system = timeline = 0
-    """The server's system identifier, which its standbys share, and its timeline; 0 if it does not tell them."""
+    """What `_TIMELINE` returns; 0 if the server does not tell it."""
 
     unconfirmed = False
-    """Whether PostgreSQL has ended a commit's wait for synchronous standbys: they may lack it."""
+    """Whether commits on it may be lost: one did not wait for synchronous standbys, or another server was promoted."""
+
+    async def read_timeline(self) -> None:
+        self.system, self.timeline = await self.fetchrow(_TIMELINE) or (0, 0)
 
     def note(self, message: asyncpg.PostgresLogMessage) -> None:
         """Note a warning. The text of this one, "canceling wait for synchronous replication", is translated."""
@@ -104,6 +112,10 @@ class Primaries:
     def __init__(self) -> None:
         self.promotions = 0
         """How often a later timeline was seen: connections that were open then may have been closed for it."""
+        self.on_promotion: Callable[[], object] = lambda: None
+        """Is called when a later timeline was seen."""
+        self.place = ""
+        """The place of the last connection: where the primary is."""
         self._newest: dict[int, int] = {}
         self._open: WeakSet[Primary] = WeakSet()
 
@@ -111,15 +123,10 @@ class Primaries:
         """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
 
         Raises what the driver raises for a single host, and NoPrimary if there are several, or the one is a standby.
-        Raises TooManyConnectionsError if each that may be the primary takes no more.
+        Raises TooManyConnectionsError if the last one, or each that may be the primary, takes no more.
         """
-        arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
-        places: list[dict[str, Any]] = [{}]
-        if isinstance(arguments.get("host"), list):
-            each = zip(arguments["host"], arguments["port"], strict=True)
-            places = [{"host": host, "port": port} for host, port in each]
         limit = PATIENCE if self._newest else FIRST_PATIENCE
-        attempts = {asyncio.create_task(_connect({**arguments, **place})): place for place in places}
+        attempts = {asyncio.create_task(open_connection(each)): place_of(each) for each in for_each_host(arguments)}
         found: list[Primary] = []
         chosen: Primary | None = None
         try:
@@ -132,19 +139,21 @@ class Primaries:
                 for attempt in done:
                     if attempt.exception() is None:
                         found.append(attempt.result())
-                        self._note(found[-1])
+                        self.note(found[-1])
             chosen = self._latest(found)
         finally:
             for attempt in attempts:
                 attempt.cancel()
                 attempt.add_done_callback(partial(_abort, chosen))
         if chosen is None:
-            states = {_place({**arguments, **place}): attempt.exception() for attempt, place in attempts.items()}
-            raise _no_primary(states)
+            states = {place: attempt.exception() for attempt, place in attempts.items()}
+            last = states.get(self.place)
+            raise last if isinstance(last, asyncpg.TooManyConnectionsError) else _no_primary(states)
+        self.place = chosen.place
         self._open.add(chosen)
         return chosen
 
-    def _note(self, found: Primary) -> None:
+    def note(self, found: Primary) -> None:
         """Note the timeline of a server; close the connections to the one that it has replaced, if it has.
 
         They are closed when what has just been answered on them was taken: asyncpg fails otherwise.
@@ -152,18 +161,29 @@ class Primaries:
         if found.timeline > self._newest.get(found.system, 0):
             self._newest[found.system] = found.timeline
             self.promotions += 1
-            for one in filter(self.is_former, [*self._open]):
+            for one in filter(self._is_former, [*self._open]):
+                one.unconfirmed = True
                 asyncio.get_running_loop().call_soon(one.terminate)
+            self.on_promotion()
 
-    def is_former(self, connection: Primary) -> bool:
+    def _is_former(self, connection: Primary) -> bool:
         """Return whether another server has been promoted since this one was."""
         return connection.timeline < self._newest.get(connection.system, 0)
 
     def _latest(self, found: Iterable[Primary]) -> Primary | None:
-        return next((one for one in found if not self.is_former(one)), None)
+        return next((one for one in found if not self._is_former(one)), None)
 
 
-def _place(arguments: Mapping[str, Any]) -> str:
+def for_each_host(arguments: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the driver's arguments for each host of a URL."""
+    arguments = {name: value for name, value in arguments.items() if name != "prepared_statement_cache_size"}
+    if not isinstance(arguments.get("host"), list):
+        return [arguments]
+    each = zip(arguments["host"], arguments["port"], strict=True)
+    return [{**arguments, "host": host, "port": port} for host, port in each]
+
+
+def place_of(arguments: Mapping[str, Any]) -> str:
     """Name a host and its port."""
     host, port = arguments.get("host") or "its socket", arguments.get("port")
     return f"{host}:{port}" if port else str(host)
@@ -197,11 +217,13 @@ def _state(error: BaseException | None) -> str:
     return f"cannot be used ({words.splitlines()[0][:100]})"
 
 
-async def _connect(arguments: dict[str, Any]) -> Primary:
+async def open_connection(arguments: Mapping[str, Any]) -> Primary:
+    """Connect to one host, and ask for its timeline. Raises what the driver raises."""
     connection: Primary = await asyncpg.connect(**arguments, connection_class=Primary)
+    connection.place = place_of(arguments)
     connection.add_log_listener(lambda _, message: connection.note(message))
     try:
-        connection.system, connection.timeline = await connection.fetchrow(_TIMELINE) or (0, 0)
+        await connection.read_timeline()
     except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError):
         pass  # it speaks PostgreSQL's protocol, but has no timelines
     except BaseException:

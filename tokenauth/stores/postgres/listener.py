@@ -75,6 +75,7 @@ class Listener:
     def __init__(self, connections: Connections, clock: DatabaseClock) -> None:
         """Listen on a connection of its own."""
         self._connections = connections
+        connections.primaries.on_promotion = self.invalidate
         self._clock = clock
         self._wake = asyncio.Event()
         self._pending: set[bytes] = set()

@@ -1,5 +1,6 @@
 """A transaction of asyncpg, inside SQLAlchemy's `run_sync`."""
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
@@ -11,6 +12,7 @@ from sqlalchemy.dialects import postgresql
 from tokenauth.clock import Clock, boottime
 from tokenauth.models import Instant
 from tokenauth.stores.engine import Rows, Values
+from tokenauth.stores.postgres.standbys import answers
 from tokenauth.stores.sql import StatementCache
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class PostgresTransaction:
         connection: AdaptedConnection,
         caller_time: bool = True,
         notifies: bool = False,
+        asked: Sequence[asyncio.Event] = (),
         exclusive: bool = False,
         clock: Instant | None = None,
         clock_limit: Instant = math.inf,
@@ -74,12 +77,13 @@ class PostgresTransaction:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
+        `asked`: what other hosts were asked before, by `Standbys`.
         `clock`: what `steps` writes to the clock row, if anything. `clock_limit`: if the database's time is later, they
         write that. `patience`: seconds that they may take. `deadline`: asked when they are sent, the time of the
         database's clock at which they fail.
         """
         self.sent_at: float | None = None
-        """When `steps` last sent a statement, by `boottime`."""
+        """When `steps` sent a statement that was not answered, by `boottime`."""
         self.stepped = False
         """Whether `steps` has made a change: then it has also written the clock row."""
         self._deadline = deadline
@@ -89,6 +93,7 @@ class PostgresTransaction:
         self._clock_limit = clock_limit
         self._patience = patience
         self._notifies = notifies
+        self._asked = asked
         self._caller_time = caller_time
         self._locked_at: Instant | None = None
 
@@ -127,14 +132,16 @@ class PostgresTransaction:
         each[-1] |= {"clock": self._clock, "clock_limit": self._clock_limit}
         self.sent_at = boottime()
         rows = self.rows_each(statement, each)
-        self.check_confirmed()
+        self.sent_at = None
         self.stepped = True
         return rows
 
     def check_confirmed(self) -> None:
-        """Raise OSError if a commit was answered before the synchronous standbys had it: a failover would lose it."""
+        """Raise OSError if what was committed may be lost: the synchronous standbys lack it, or one was promoted."""
+        if self._asked:
+            self._run(lambda _: answers(self._asked))
         if self._connection.driver_connection.unconfirmed:
-            raise OSError("PostgreSQL has committed without its synchronous standbys")
+            raise OSError("PostgreSQL has committed without its synchronous standbys, or one was promoted")
 
     def timed(self, statement: ClauseElement, values: Values) -> Rows:
         """Run a query of `at_once` that reads the time."""
@@ -169,7 +176,12 @@ class PostgresTransaction:
         return self._run(lambda db: how(db)(text, [_ordered(names, constants, values) for values in each]))
 
     def _run(self, call: "Callable[[asyncpg.Connection], Awaitable[T]]") -> T:
-        answer: T = self._connection.run_async(call)
+        try:
+            answer: T = self._connection.run_async(call)
+        except AttributeError as error:  # asyncpg's, if another task closes the connection between two of its steps
+            if not self._connection.driver_connection.is_closed():
+                raise
+            raise OSError("the connection was closed during an operation") from error
         return answer
 
 
