@@ -45,12 +45,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def json_line(event: object, **_: object) -> bytes:
+def json_line(event: object) -> bytes:
     """Encode an event as one line of JSON that is safe to show on a terminal."""
     try:
         line = msgspec.json.encode(event)
     except UnicodeEncodeError:  # a lone surrogate: only an escape can represent it
-        return json.dumps(event, default=repr).encode()
+        return json.dumps(msgspec.to_builtins(event)).encode()
     if (line.isascii() and b"\x7f" not in line) or line.decode().isprintable():
         return line
     return json_text(json.loads(line)).encode()
@@ -91,13 +91,18 @@ def _complete(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.t
     return event
 
 
+def _render_json(_: Any, level: str, event: structlog.typing.EventDict) -> bytes:
+    """Add the level and the time, and encode the event. structlog's processors for that take 2.5 times as long."""
+    event["level"], event["timestamp"] = level, datetime.now(UTC)
+    return json_line(event)
+
+
 def log_command(event: str, **fields: object) -> Mapping[str, object]:
     """Log a change that an operator made with a command, and who made it, to syslog (facility authpriv).
 
     It also goes to standard error, unless that is a terminal: there the command prints a sentence. Return all fields.
     """
-    timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    logged = {"event": event, **fields, "by": operator(), "level": "info", "timestamp": timestamp}
+    logged = {"event": event, **fields, "by": operator(), "level": "info", "timestamp": datetime.now(UTC)}
     line = json_line(logged)
     syslog.openlog("tokenauth", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_INFO, line.decode())
@@ -334,17 +339,12 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     sink = _DirectWriter() if quiet or direct else _writer
     level = logging.WARNING if quiet else logging.INFO
     terminal = on_terminal()
-    shared: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S%z" if terminal else "iso", utc=not terminal),
-    ]
-    renderer: structlog.typing.Processor = (
-        _TerminalRenderer(pad_event_to=0, pad_level=False)
-        if terminal
-        else structlog.processors.JSONRenderer(serializer=json_line)
-    )
+    shared: list[structlog.typing.Processor] = []
+    renderer: structlog.typing.Processor = _render_json
     if terminal:
-        shared.append(_printable)
+        time = structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S%z", utc=False)
+        shared = [structlog.processors.add_log_level, time, _printable]
+        renderer = _TerminalRenderer(pad_event_to=0, pad_level=False)
     structlog.configure(
         processors=[_complete, *([_leave_out] if terminal and sink is _writer else []), *shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),

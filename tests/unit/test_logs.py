@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -145,7 +146,8 @@ def test_an_event_is_one_line_of_json_with_time_and_level(logged: Logged) -> Non
 def test_a_value_can_neither_forge_nor_lose_a_line(logged: Logged, number: int) -> None:
     """Python represents file names and environment variables that are not UTF-8 with lone surrogates."""
     (event,) = events(logged[f"forgery {number}"])
-    assert event["event"] == "seen"
+    assert (event["event"], event["level"]) == ("seen", "info")
+    assert datetime.fromisoformat(event["timestamp"]).tzinfo is UTC
     assert event["value"][0] == FORGERIES[number][0]
 
 
