@@ -349,8 +349,11 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
         processors=[_complete, *([_leave_out] if terminal and sink is _writer else []), *shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: sink,
-        cache_logger_on_first_use=not quiet,
     )
+    configured = log.bind()
+    for method in ("debug", "info", "warning", "error", "critical"):
+        # `log` would look for it each time in vain, which takes as long as half of a line.
+        setattr(log, method, getattr(configured, method))
     _writer.format_dropped = partial(_format_dropped, [*shared, renderer])
     handler = _Handler(sink)
     handler.setFormatter(
