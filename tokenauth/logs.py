@@ -51,7 +51,7 @@ def json_line(event: object) -> bytes:
         line = msgspec.json.encode(event)
     except UnicodeEncodeError:  # a lone surrogate: only an escape can represent it
         return json.dumps(msgspec.to_builtins(event)).encode()
-    if (line.isascii() and b"\x7f" not in line) or line.decode().isprintable():
+    if (line.isascii() and 0x7F not in line) or line.decode().isprintable():
         return line
     return json_text(json.loads(line)).encode()
 

@@ -55,7 +55,7 @@ _MAX_ORIGIN = 512
 _FRAMING_HEADERS = frozenset({b"host", b"expect", b"content-length", b"transfer-encoding"})
 _CLOSE = (b"connection", b"close")
 _BLANK_LINE = b"\r\n\r\n"
-_BLANK, _SLASH = ord(" "), ord("/")
+_BLANK, _SLASH, _HASH = b" /#"
 
 
 _SECURITY_HEADERS = b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\n"
@@ -525,7 +525,7 @@ class BoundedProtocol(HttpToolsProtocol):
             scope["http_version"], self.expect_100_continue = version, False
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
-        if self.url[0] != _SLASH or b"#" in self.url:
+        if self.url[0] != _SLASH or _HASH in self.url:
             _check_target(self.url, url)
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -718,7 +718,7 @@ def _check_target(target: bytes, url: URL) -> None:
     if target == b"*":
         return
     scheme = (url.schema or b"").lower()
-    if b"#" in target or scheme not in {b"http", b"https"} or not url.host or _USER.match(target) is not None:
+    if _HASH in target or scheme not in {b"http", b"https"} or not url.host or _USER.match(target) is not None:
         raise _BadHead
 
 

@@ -39,6 +39,7 @@ MAX_NESTED = 32
 MAX_USER_AGENT = 256
 """Maximum length of a User-Agent, in characters. The rest is cut off."""
 
+_COLON = ord(":")
 _FORM = b"application/x-www-form-urlencoded"
 _HARMLESS_NAME = re.compile(r"[\w.\[\]-]{1,40}", re.ASCII)
 
@@ -118,7 +119,7 @@ class Request(requests.Request):
         try:
             [encoded] = found
             plain = base64.b64decode(encoded[6:].strip(), validate=True)
-            if b":" in plain:
+            if _COLON in plain:
                 return plain
         except ValueError:
             pass

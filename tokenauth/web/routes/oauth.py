@@ -166,7 +166,7 @@ def _claimed(request: Request, form: Form) -> Sequence[Candidate]:
         raise InvalidRequest("Authenticate in one way: by HTTP Basic, or in the form.")
     name, _, secret = _decode(sent).partition(":")
     candidates = [Candidate(name, secret)]
-    if b"%" in sent or b"+" in sent:
+    if urlencoding.PERCENT in sent or urlencoding.PLUS in sent:
         candidates = list(dict.fromkeys((Candidate(_unescaped(name), _unescaped(secret)), *candidates)))
     if "client_id" in form and all(form["client_id"] != candidate.username for candidate in candidates):
         raise InvalidRequest("client_id: is not the one of Authorization: Basic.")
