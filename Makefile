@@ -58,7 +58,7 @@ bench: install
 FAULTS ?= tests
 TOKENAUTH_FAULTS ?= 1
 faults: install
-	@echo "All long fault tests take about 4 hours on 2 cores. CONTRIBUTING.md lists them, and how to choose."
+	@echo "All long fault tests take about 4 hours on 2 cores. docs/promises.md lists them, and how to choose."
 	TOKENAUTH_FAULTS=$(TOKENAUTH_FAULTS) $(BIN)/pytest -m faults --durations=20 $(FAULTS)
 
 # The pictures of the console in docs/console.md.
