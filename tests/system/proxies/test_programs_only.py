@@ -29,7 +29,7 @@ def bob(server: Server) -> str:
 def without_login_page(text: str) -> str:
     """Change the addresses of /auth as the document says."""
     with_scope = re.sub(r"/auth\?cookie(&login=redirect)?&scope", "/auth?scope", text)
-    return re.sub(r"/auth\?cookie(&login=redirect)?", "/auth", with_scope)
+    return re.sub(r"/auth\?cookie(&login=redirect)?", "/auth?", with_scope)
 
 
 def test_nginx_for_programs_needs_only_this_file(tmp_path: Path, server: Server, bob: str) -> None:
