@@ -100,6 +100,28 @@ async def test_other_methods_are_those_of_the_transport() -> None:
     assert isinstance(cast(Any, transport).sent, list)
 
 
+def test_a_client_that_sends_ahead_can_read_the_last_answer(server: Server) -> None:
+    """It goes on sending after the request that ends the connection."""
+    requests = (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    )
+    with Connection(server.port) as connection:
+        expected = connection.ask("GET", "/openapi.json").body
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects: most waits at the server
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(requests)
+        received = b""
+        while b"openapi" not in received:
+            received += client.recv(4096)
+        client.sendall(requests)
+        while more := client.recv(4096):
+            received += more
+    assert received.endswith(expected)
+
+
 def test_pipelined_requests_of_a_lost_client_are_no_errors(server: Server) -> None:
     """The client does not read, so that the answer to one of its requests waits when the client resets."""
     with Connection(server.port) as other:

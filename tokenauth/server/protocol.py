@@ -284,6 +284,7 @@ class BoundedProtocol(HttpToolsProtocol):
         asyncio cannot send over TLS once the client has ended its side.
         """
         self._eof = self.flow.held = True
+        self.transport.lingers = False  # it sends no more
         if self.scheme == "https":
             self._client["gone"] = True
             return False
@@ -404,6 +405,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread = data[start:]
         if self._unread and not self.transport.is_closing():
             self.flow.hold()
+            self.transport.lingers = True  # a client that sends ahead may do so after the last request
 
     def _in_head(self) -> bool:
         """Return whether the head of a request has begun and not ended."""
