@@ -15,7 +15,6 @@ from tests.support.patience import LONG, be_patient
 from tests.support.postgres import Cluster, cluster
 from tests.support.servers import START
 from tests.support.tcp_proxy import Proxy
-from tests.system.postgres.feeds import until as until_soon
 from tests.system.postgres.nodes import nodes
 from tests.system.postgres.test_hosts import several
 from tokenauth.errors import StartError, StoreUnavailable
@@ -52,9 +51,8 @@ async def _watched_by(*nodes: Store) -> None:
     """Wait until each node has asked the standby whether it was promoted."""
     for node in nodes:
         assert isinstance(node.engine, PostgresEngine)
-        watched = node.engine.connections.standbys
-        await until_soon(lambda: len(watched.ask()) > 0)  # noqa: B023
-        await standbys.answers(watched.ask())
+        while not await node.engine.connections.standbys.ask():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.001)
 
 
 async def _answered(store: Store, number: int) -> bool:
@@ -108,24 +106,23 @@ async def test_what_waits_at_a_former_primary_is_refused(monkeypatch: pytest.Mon
 
 
 async def test_a_former_primary_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes on. Other hosts are asked before a token is called unknown, and before a change is answered."""
+    """It goes on. Other hosts are asked before a token is called unknown."""
     be_patient(monkeypatch)
     monkeypatch.setattr(hosts, "FIRST_PATIENCE", LONG)
     monkeypatch.setattr(standbys, "INTERVAL", LONG)
     monkeypatch.setattr(standbys, "PATIENCE", LONG)
     with two_servers() as (primary, standby, url):
         both = several(url, primary.port, standby.port)
-        async with nodes(both, 3) as (one, other, third):
+        async with nodes(both, 2) as (one, other):
             await one.tokens.issue(token(1), 0, START)
             standby.follow(primary)
-            await _watched_by(one, other, third)
+            await _watched_by(one, other)
             standby.execute("SELECT pg_promote()")
             async with nodes(both) as (new,):
                 await new.tokens.issue(token(2), 0, START)
                 assert await _answered(one, 2)
-                for node, number in ((other, 1), (third, 2)):
-                    assert await _done(lambda: node.tokens.revoke(token(number).digest, START))  # noqa: B023
-                    assert await new.tokens.get_current(token(number).digest) is None
+                await new.tokens.issue(token(3), 0, START)
+                assert await _answered(other, 3)
 
 
 async def test_a_node_that_only_reads_leaves_a_former_primary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +173,10 @@ async def test_a_silent_standby_delays_an_answer_once(monkeypatch: pytest.Monkey
         async with nodes(both) as (node,):
             await _watched_by(node)
             way.freeze()
-            await node.tokens.issue(token(1), 0, START)
+            assert await node.tokens.get(token(99).digest) is None
             monkeypatch.setattr(standbys, "PATIENCE", LONG)
             async with asyncio.timeout(LONG / 2):
-                for number in range(2, 9):
+                for number in range(8):
                     await node.tokens.issue(token(number), 0, START)
                     assert await node.tokens.get(token(99).digest) is None
             standby.follow(primary)

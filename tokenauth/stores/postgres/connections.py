@@ -437,7 +437,6 @@ class Connections:
             plain,
             self._caller_time,
             self.notifies,
-            self.standbys.ask(),
             clock=clock,
             clock_limit=self._clock_written + 2 * _CLOCK_INTERVAL,
             deadline=self._at_once_deadline,
@@ -472,7 +471,7 @@ class Connections:
         remembers would last until that time comes again.
         """
         plain = driver(db)
-        transaction = PostgresTransaction(plain, self._caller_time, self.notifies, self.standbys.ask(), exclusive)
+        transaction = PostgresTransaction(plain, self._caller_time, self.notifies, exclusive)
         try:
             plain.run_async(lambda connection: connection.execute(_BEGIN))
             batch.make(transaction)

@@ -19,7 +19,6 @@ from tokenauth.stores.postgres.connections import UNAVAILABLE, Connections, driv
 from tokenauth.stores.postgres.hosts import NoPrimary
 from tokenauth.stores.postgres.listener import DatabaseClock, Listener
 from tokenauth.stores.postgres.lookup import Lookup
-from tokenauth.stores.postgres.standbys import answers
 from tokenauth.stores.postgres.transaction import PostgresTransaction
 from tokenauth.stores.tables import as_checked_token, checked_columns, failures, marks, tokens
 
@@ -122,7 +121,7 @@ class PostgresEngine:
             promotions = self.connections.primaries.promotions
             token = (await self._tokens.find(digest)).get(digest)
             if token is None:
-                await answers(self.connections.standbys.ask())
+                await self.connections.standbys.ask()
             if token is not None or promotions == self.connections.primaries.promotions:
                 return token
 

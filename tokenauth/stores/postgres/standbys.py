@@ -4,7 +4,7 @@ A former primary does not know that it was replaced: it may even go on to commit
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -38,15 +38,15 @@ class Standbys:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def ask(self) -> Sequence[asyncio.Event]:
-        """Ask now. Once all events are set, `Primaries` knows of each promotion before that, unless out of reach."""
-        return [answered for host in self._hosts if (answered := host.ask()) is not None]
+    async def ask(self) -> bool:
+        """Ask now, and return whether any could be asked.
 
-
-async def answers(asked: Iterable[asyncio.Event]) -> None:
-    """Wait for what `Standbys.ask` has returned."""
-    for answered in asked:
-        await answered.wait()
+        Then `Primaries` knows of each promotion before the call, unless that host is out of reach.
+        """
+        asked = [answered for host in self._hosts if (answered := host.ask()) is not None]
+        for answered in asked:
+            await answered.wait()
+        return bool(asked)
 
 
 class _Host:

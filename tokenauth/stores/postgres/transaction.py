@@ -1,6 +1,5 @@
 """A transaction of asyncpg, inside SQLAlchemy's `run_sync`."""
 
-import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
@@ -12,7 +11,6 @@ from sqlalchemy.dialects import postgresql
 from tokenauth.clock import Clock, boottime
 from tokenauth.models import Instant
 from tokenauth.stores.engine import Rows, Values
-from tokenauth.stores.postgres.standbys import answers
 from tokenauth.stores.sql import StatementCache
 
 if TYPE_CHECKING:
@@ -67,7 +65,6 @@ class PostgresTransaction:
         connection: AdaptedConnection,
         caller_time: bool = True,
         notifies: bool = False,
-        asked: Sequence[asyncio.Event] = (),
         exclusive: bool = False,
         clock: Instant | None = None,
         clock_limit: Instant = math.inf,
@@ -77,7 +74,6 @@ class PostgresTransaction:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
-        `asked`: what other hosts were asked before, by `Standbys`.
         `clock`: what `steps` writes to the clock row, if anything. `clock_limit`: if the database's time is later, they
         write that. `patience`: seconds that they may take. `deadline`: asked when they are sent, the time of the
         database's clock at which they fail.
@@ -93,7 +89,6 @@ class PostgresTransaction:
         self._clock_limit = clock_limit
         self._patience = patience
         self._notifies = notifies
-        self._asked = asked
         self._caller_time = caller_time
         self._locked_at: Instant | None = None
 
@@ -138,8 +133,6 @@ class PostgresTransaction:
 
     def check_confirmed(self) -> None:
         """Raise OSError if what was committed may be lost: the synchronous standbys lack it, or one was promoted."""
-        if self._asked:
-            self._run(lambda _: answers(self._asked))
         if self._connection.driver_connection.unconfirmed:
             raise OSError("PostgreSQL has committed without its synchronous standbys, or one was promoted")
 
