@@ -12,7 +12,7 @@ import structlog
 from tests.support.servers import HandClock
 from tests.support.services import running
 from tokenauth import revocation_queue
-from tokenauth.errors import InvalidCredentials
+from tokenauth.errors import InvalidCredentials, StoreUnavailable
 from tokenauth.login_queue import never_disconnected
 from tokenauth.models import ANY_LEASE, IssuedToken
 from tokenauth.named_tokens import Requester
@@ -148,6 +148,28 @@ async def test_a_cancelled_log_out_everywhere_says_how_many(tmp_path: Path, hand
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert [(event["event"], event["count"]) for event in logs] == [("revocation_interrupted", 2)]
+
+
+async def test_a_log_out_everywhere_is_cancelled_also_if_its_write_fails(
+    tmp_path: Path, hand_clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a caller that tries again after a failure never ends."""
+    async with running(tmp_path, SETTINGS, hand_clock) as service:
+        failing = asyncio.get_running_loop().create_future()
+        begun = asyncio.Event()
+
+        def fail(change: Change[Any]) -> Awaitable[Any]:
+            begun.set()
+            return failing
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.store.engine.writer, "apply", fail)  # type: ignore[attr-defined]
+            task = asyncio.ensure_future(service.tokens.revoke_all("ann"))
+            await begun.wait()
+            task.cancel()
+            failing.set_exception(StoreUnavailable())
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
 
 async def test_a_held_log_out_that_is_written_at_a_stop_is_logged(

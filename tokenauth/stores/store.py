@@ -313,6 +313,8 @@ class TokenStore:
                 except asyncio.CancelledError:
                     cancelled = True
                     await asyncio.wait([step])
+                    if step.exception() is not None:
+                        raise
                 revoked = await step
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
