@@ -46,7 +46,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 from sqlalchemy.sql.elements import Grouping
 from sqlalchemy.sql.visitors import replacement_traverse
@@ -65,7 +64,7 @@ from tokenauth.stores.postgres.transaction import (
     PostgresTransaction,
     advisory_key,
 )
-from tokenauth.stores.tables import marks, pool_tokens, revocations, token_columns, token_row, tokens
+from tokenauth.stores.tables import pool_tokens, revocations, token_columns, token_row, tokens
 
 TooLate = asyncpg.DivisionByZeroError
 """What a statement raises that has waited for too long, or that PostgreSQL has read too late."""
@@ -87,19 +86,13 @@ _CLOCK_WRITTEN = (
     .columns(column("at", Float()))
     .cte("clock_written")
 )
-
-
-def _check_time(clock_written: CTE) -> ColumnElement[Any]:
-    """Fail if it is too late."""
-    # CASE goes in order: the times are read after the wait for the clock row, which is the last that is locked.
-    waited = select(func.count()).select_from(clock_written).scalar_subquery() < 0
-    return literal_column("1") / case(
-        (waited, literal_column("0")),
-        ((_age < _patience) & (_server_clock < _deadline), literal_column("1")),
-        else_=literal_column("0"),
-    )
-
-
+_clock_waited = select(func.count()).select_from(_CLOCK_WRITTEN).scalar_subquery() < 0
+# CASE goes in order: the times are read after the wait for the clock row, which is the last that is locked.
+_in_time: ColumnElement[Any] = literal_column("1") / case(
+    (_clock_waited, literal_column("0")),
+    ((_age < _patience) & (_server_clock < _deadline), literal_column("1")),
+    else_=literal_column("0"),
+)
 _LOCKED = (
     text("SELECT count(pg_advisory_xact_lock(key)) AS number FROM unnest(CAST(:locks AS bigint[])) AS key")
     .columns(column("number"))
@@ -150,8 +143,7 @@ def _revoked(chosen: CTE) -> Select[Any]:
     )
     some = bindparam("notifies", type_=Boolean()) & (func.count() > 0)
     notified = case((some, func.pg_notify(CHANNEL, "")))
-    in_time = _check_time(_CLOCK_WRITTEN)
-    found = select(func.array_agg(gone.c.digest), notified, in_time, func.array_agg(gone.c.username))
+    found = select(func.array_agg(gone.c.digest), notified, _in_time, func.array_agg(gone.c.username))
     return found.add_cte(logged, _CLOCK_WRITTEN)
 
 
@@ -203,25 +195,6 @@ _TIME = (
     .cte("clock")
 )
 _time: ColumnElement[float] = select(_TIME.c.now).scalar_subquery()
-
-
-def _time_written() -> CTE:
-    """Write the clock row as _CLOCK_WRITTEN does, and also when the database's clock has jumped ahead of `clock_limit`.
-
-    A lease that is made at a time which nobody remembers would last until that time comes again.
-    """
-    ahead = case((_time > bindparam("clock_limit", type_=Float()), _time), else_=bindparam("clock", type_=Float()))
-    latest = select(ahead.label("at")).subquery("latest")
-    row = select(literal_column(f"'{CLOCK}'"), latest.c.at).where(latest.c.at.is_not(None))
-    written = postgresql.insert(marks).from_select(["name", "at"], row, include_defaults=False)
-    later = written.on_conflict_do_update(
-        index_elements=["name"], set_={"at": written.excluded.at}, where=marks.c.at < written.excluded.at
-    )
-    return later.returning(marks.c.at).cte("clock_written")
-
-
-_TIME_WRITTEN = _time_written()
-_in_time = _check_time(_TIME_WRITTEN)
 _INSTANTS: Mapping[str, ColumnElement[float]] = {
     "now": _time,
     **{name: _time + bindparam(name, type_=Float()) for name in ("cutoff", "lapsed_cutoff", "reclaim_cutoff")},
@@ -278,7 +251,7 @@ def _assigned() -> Select[Any]:
         .cte("leased")
     )
     granted = select(_in_time, _time, free).where(_lock_pool).order_by(free.c.free_at, free.c.number)
-    return granted.add_cte(leased, _TIME_WRITTEN)
+    return granted.add_cte(leased, _CLOCK_WRITTEN)
 
 
 _ASSIGN = _assigned()
@@ -352,7 +325,7 @@ def _saved() -> Select[Any]:
         .returning(pool_tokens.c.number)
         .cte("saved")
     )
-    return select(_in_time, func.array_agg(saved.c.number)).where(_lock_pool).add_cte(_TIME_WRITTEN)
+    return select(_in_time, func.array_agg(saved.c.number)).where(_lock_pool).add_cte(_CLOCK_WRITTEN)
 
 
 _SAVE = _saved()
@@ -393,7 +366,7 @@ def _update_leases(db: PostgresTransaction, changes: Sequence[LeaseUpdate]) -> S
         **{name: [getattr(after, name) for *_, after, _ in changed] for name in _AFTER},
     }
     locked = {**of_pool, **dict.fromkeys(work, ()), "locks": [advisory_key(pool_lock(pool))]}
-    saved = db.steps(_SAVE, [locked, {**of_pool, **work, "read": now, "locks": ()}])[-1][1]
+    saved = db.steps(_SAVE, [locked, {**of_pool, **work, "locks": ()}])[-1][1]
     for number, token, after, position in changed:
         if number in (saved or ()):
             answers[position] = LeaseChange(token, after)

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -438,8 +439,7 @@ class Connections:
             self._caller_time,
             self.notifies,
             clock=clock,
-            clock_limit=self._clock_written + 2 * _CLOCK_INTERVAL,
-            deadline=self._at_once_deadline,
+            deadline=partial(self._at_once_deadline, clock),
         )
         try:
             for kind in (AT_ONCE.keys() - self._never_at_once) & batch.groups.keys():
@@ -460,9 +460,16 @@ class Connections:
             raise
         return transaction.stepped
 
-    def _at_once_deadline(self) -> Instant:
+    def _at_once_deadline(self, clock: Instant | None) -> Instant:
+        """Return the time of the database at which it is too late to make changes at once.
+
+        A lease that is made at a time which nobody remembers would last until that time comes again. So if the clock
+        of the database has jumped ahead of the clock row, `_attempt` makes the changes, which writes the row.
+        """
         now = self._database_clock()
-        return -math.inf if now is None else now + WITHIN
+        if now is None:
+            return -math.inf
+        return min(now + WITHIN, max(self._clock_written, clock or 0.0) + 2 * _CLOCK_INTERVAL)
 
     def _attempt(self, db: Connection, batch: Batch, clock: Instant | None, exclusive: bool = False) -> Instant | None:
         """Make all changes in one transaction. Returns what it has written to the clock row, if anything.

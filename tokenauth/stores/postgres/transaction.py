@@ -67,16 +67,14 @@ class PostgresTransaction:
         notifies: bool = False,
         exclusive: bool = False,
         clock: Instant | None = None,
-        clock_limit: Instant = math.inf,
         patience: float = PATIENCE,
         deadline: Clock = lambda: math.inf,
     ) -> None:
         """Run statements on a connection; the caller begins and commits.
 
         `caller_time`: the time is what the callers have read, not the database's. `notifies`: NOTIFY works there.
-        `clock`: what `steps` writes to the clock row, if anything. `clock_limit`: if the database's time is later, they
-        write that. `patience`: seconds that they may take. `deadline`: asked when they are sent, the time of the
-        database's clock at which they fail.
+        `clock`: what `steps` writes to the clock row, if anything. `patience`: seconds that they may take. `deadline`:
+        asked when they are sent, the time of the database's clock at which they fail.
         """
         self.sent_at: float | None = None
         """When `steps` sent a statement that was not answered, by `boottime`."""
@@ -86,7 +84,6 @@ class PostgresTransaction:
         self._connection = connection
         self.exclusive = exclusive
         self._clock = clock
-        self._clock_limit = clock_limit
         self._patience = patience
         self._notifies = notifies
         self._caller_time = caller_time
@@ -118,13 +115,11 @@ class PostgresTransaction:
     def steps(self, statement: ClauseElement, steps: Sequence[Values]) -> Rows:
         """Run a statement of `at_once` in steps, in one round trip. Outside a transaction, it also commits."""
         own: Values = {
-            **{"clock": None, "clock_limit": math.inf},
-            **{"notifies": self._notifies, "caller_time": self._caller_time},
+            **{"clock": None, "notifies": self._notifies, "caller_time": self._caller_time},
             **{"patience": self._patience, "deadline": self._deadline()},
         }
         each = [{**own, **values} for values in steps]
-        # As in other transactions, the clock row is the last that is locked.
-        each[-1] |= {"clock": self._clock, "clock_limit": self._clock_limit}
+        each[-1]["clock"] = self._clock  # as in other transactions, its row is the last that is locked
         self.sent_at = boottime()
         rows = self.rows_each(statement, each)
         self.sent_at = None
