@@ -352,7 +352,7 @@ def configure(quiet: bool = False, direct: bool = False) -> None:
     )
     configured = log.bind()
     for method in ("debug", "info", "warning", "error", "critical"):
-        # `log` would look for it each time in vain, which takes as long as half of a line.
+        # Without this, `log` would look for its method each time, which takes as long as half of a line.
         setattr(log, method, getattr(configured, method))
     _writer.format_dropped = partial(_format_dropped, [*shared, renderer])
     handler = _Handler(sink)

@@ -233,6 +233,7 @@ class Race:
         self._ports = ports
         self._seed = seed
         self._outages = outages
+        self._late_outages = 0
         self._made: list[str] = []
         with Connection(ports[0]) as connection:
             self._login = connection.log_in()
@@ -286,18 +287,21 @@ class Race:
             check_eventful(history, CAPACITIES[pool])
 
     def _lease_all(self, api: "HttpPoolApi", last: Holder) -> tuple[set[str], set[str]] | None:
-        """Return all tokens, and those that `last` could lease; None while leases run, and after an outage.
+        """Return all tokens, and those that `last` could lease; None while leases run, and in an outage.
 
         It asks once more than there are tokens. That is refused, unless the first lease has ended by then: else the
-        history shows two leases of a token.
+        history shows two leases of a token. When the leases have ended, one outage more is allowed.
         """
+        ended = False
         try:
             if api.leased():
                 return None
             tokens = api.tokens()
+            ended = True
             return tokens, {grant.token for _ in range(len(tokens) + 1) if (grant := last.assign()) is not None}
         except NoAnswer:
-            if not self._outages:
+            self._late_outages += ended
+            if not self._outages or self._late_outages > 1:
                 raise
             return None
 

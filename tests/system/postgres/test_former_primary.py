@@ -49,10 +49,11 @@ async def _done(act: Callable[[], Awaitable[T]]) -> T:
 
 async def _watched_by(*nodes: Store) -> None:
     """Wait until each node has asked the standby whether it was promoted."""
-    for node in nodes:
-        assert isinstance(node.engine, PostgresEngine)
-        while not await node.engine.connections.standbys.ask():  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.001)
+    async with asyncio.timeout(60):
+        for node in nodes:
+            assert isinstance(node.engine, PostgresEngine)
+            while not await node.engine.connections.standbys.ask():  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.001)
 
 
 async def _answered(store: Store, number: int) -> bool:
