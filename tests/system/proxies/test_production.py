@@ -12,9 +12,10 @@ GUIDE = (ROOT / "docs" / "production.md").read_text()
 
 
 def test_the_block_for_caddy_serves_tokenauth(tmp_path: Path) -> None:
+    """And no log of Caddy has a token, also while tokenauth is down."""
     [block] = re.findall(r"```caddy\n(.*?)```", GUIDE, re.DOTALL)
     plain = block.replace("auth.example.com {", "http://:8080 {\n\tbind 0.0.0.0", 1)
-    files = {"/etc/caddy/Caddyfile": "{\n\tadmin off\n\tauto_https off\n}\n" + plain}
+    files = {"/etc/caddy/Caddyfile": plain.replace("{\n", "{\n\tadmin off\n\tauto_https off\n", 1)}
     config = write_config(tmp_path, '[server]\ntrusted_proxies = ["127.0.0.1"]\n')
     with (
         serve(config) as server,
@@ -26,3 +27,10 @@ def test_the_block_for_caddy_serves_tokenauth(tmp_path: Path) -> None:
         [login] = client.get("/api/tokens", headers={"X-Token": token}).json()["tokens"]
         assert login["address"] == "127.0.0.1", "Caddy does not believe what a client sends"
         assert client.post("/api/token", content=b"x" * 65_000).status_code == 413
+        proxy.relay.stop()
+        assert client.get("/api/me", params={"token": token}, headers={"X-Token": token}).status_code == 502
+        assert client.get(f"/api/keep_alive/{token}").status_code == 502
+        proxy.stop()
+    logs = b"".join(path.read_bytes() for path in (tmp_path / "caddy").glob("*.log"))
+    assert logs.count(b'"status":502') == 2
+    assert token.encode() not in logs
