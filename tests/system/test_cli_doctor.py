@@ -240,6 +240,12 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
     assert (code, found["certificate"]["status"]) == (1, "error")
     assert found["certificate"]["text"] == "clients refuse it: certificate has expired"
     assert found["certificate"]["line"] == 5
+    year_zero = tmp_path / "zero"
+    year_zero.mkdir()
+    written(make_expired(year_zero, "00000201000000Z"))
+    code, found = examined(tmp_path)
+    assert (code, found["certificate"]["status"]) == (0, "warning")
+    assert found["certificate"]["text"].startswith("its names and its end cannot be read: ")
     written(Certificate(made.certificate, tmp_path / "none"))
     assert "none cannot be read" in mistake(run(tmp_path, "check"))
 

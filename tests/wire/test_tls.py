@@ -1,6 +1,7 @@
 """TLS by the service itself: the same HTTP, certificates that are renewed while it serves, and clients that stall."""
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -322,12 +323,17 @@ def test_a_broken_pair_ends_the_start_with_its_reason(tmp_path: Path, one: Certi
     assert "Traceback" not in done.stderr
 
 
-def test_the_validity_of_a_certificate_is_known(tmp_path: Path, one: Certificate) -> None:
-    def validity(certificate: Certificate) -> tls.Validity:
-        pair = tls.read(ServerSettings(tls_certificate=str(certificate.certificate), tls_key=str(certificate.key)))
-        assert pair is not None
-        return tls.Validity(pair)
+def read(certificate: Certificate) -> tls.KeyPair:
+    pair = tls.read(ServerSettings(tls_certificate=str(certificate.certificate), tls_key=str(certificate.key)))
+    assert pair is not None
+    return pair
 
+
+def validity(certificate: Certificate) -> tls.Validity:
+    return tls.Validity(read(certificate))
+
+
+def test_the_validity_of_a_certificate_is_known(tmp_path: Path, one: Certificate) -> None:
     good = validity(one)
     assert (good.names, good.problem) == (("127.0.0.1", "localhost"), "")
     assert good.until is not None
@@ -335,6 +341,73 @@ def test_the_validity_of_a_certificate_is_known(tmp_path: Path, one: Certificate
     assert expired.problem == "certificate has expired"
     assert expired.until is not None
     assert expired.until < good.until
+
+
+@pytest.mark.parametrize("usage", ["clientAuth", "codeSigning"])
+def test_the_end_is_known_whatever_the_certificate_is_for(tmp_path: Path, usage: str) -> None:
+    made = make_certificate(tmp_path, usage, f"extendedKeyUsage={usage}")
+    found = validity(made)
+    assert found.problem == "unsuitable certificate purpose"
+    assert found.until is not None
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-enddate", "-in", made.certificate], check=True, capture_output=True, text=True
+    )
+    assert found.until.timestamp() == ssl.cert_time_to_seconds(shown.stdout.strip().removeprefix("notAfter="))
+
+
+@contextmanager
+def descriptors(left: int) -> Iterator[None]:
+    """Let this process open only so many files more."""
+    first = os.dup(0)
+    os.close(first)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first + left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_the_end_is_unknown_and_nothing_fails(one: Certificate) -> None:
+    """Reading takes one descriptor, and trying the certificate a second one."""
+    pair = read(one)
+    for left in (0, 1):
+        with descriptors(left):
+            found, text = tls.Validity(pair), mistake(one)
+        assert (found.until, found.names) == (None, ())
+        assert "Too many open files" in found.problem
+        assert "Too many open files" in text
+
+
+def add_comments(source: Certificate, target: Certificate, encoding: str) -> None:
+    """Copy a certificate with what `openssl pkcs12` writes before it, in a name's letters."""
+    for old, new in zip(source, target, strict=True):
+        new.write_bytes("Bag Attributes\n    friendlyName: Müller\n".encode(encoding) + old.read_bytes())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_comment_in_the_files_may_have_any_letters(tmp_path: Path, encoding: str) -> None:
+    """At the start and after a reload, which retires the old worker."""
+    old, new = make_certificate(tmp_path, "old"), make_certificate(tmp_path, "new", "extendedKeyUsage=serverAuth")
+    shown = Certificate(tmp_path / "tls.pem", tmp_path / "tls.key")
+    add_comments(old, shown, encoding)
+    context = trusting(old.certificate, new.certificate)
+    with serve(write_config(tmp_path, f"{SETTINGS}[server]\n{shown.settings()}")) as server:
+        scraper = Scraper(server)
+        server.wait("started")
+        with connect(server, context) as connection:
+            assert (ask(connection), organization(connection)) == (200, "old")
+        add_comments(new, shown, encoding)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait("reloaded")
+        server.wait("stopped")
+        with connect(server, context) as connection:
+            assert (ask(connection), organization(connection)) == (200, "new")
+        end = validity(new).until
+        assert end is not None
+        assert scraper.value("tls_certificate_expiry_timestamp_seconds") == end.timestamp()
+        assert server.errors() == []
+        assert server.stop() == 0
 
 
 def test_the_end_of_the_certificate_is_a_metric(tmp_path: Path, one: Certificate) -> None:

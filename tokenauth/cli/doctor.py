@@ -206,7 +206,9 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
     except ConfigError as error:
         return _finding("error", "certificate", str(error), _line(text, str(error)))
     found, line, fix = tls.Validity(pair), find_line(text, "server.tls_certificate"), "renew it, then reload"
-    if found.until is None or found.problem:
+    if found.until is None:
+        return Finding("warning", "certificate", f"its names and its end cannot be read: {found.problem}", line=line)
+    if found.problem:
         return Finding("error", "certificate", f"clients refuse it: {found.problem}", fix, line)
     names = f"it is for {', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
     if found.until.timestamp() - time.time() < _RENEWAL:

@@ -1,6 +1,7 @@
 """TLS by this service itself: its certificate and its private key."""
 
 import os
+import re
 import ssl
 import tempfile
 import time
@@ -24,6 +25,8 @@ _MAX_FILE = 1 << 20
 
 _NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
+
+_CERTIFICATE = re.compile(rb"^-----BEGIN CERTIFICATE-----.+?^-----END CERTIFICATE-----", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
         reason = (error.reason or "broken").replace("_", " ").lower()
         what = f"{settings.tls_certificate} and {settings.tls_key}"
         raise ConfigError(f"server.tls_certificate: {what} cannot be used: {reason}") from None
+    except OSError as error:  # no descriptor is left
+        raise ConfigError(f"server.tls_certificate: it cannot be tried: {error.strerror}") from None
     return pair
 
 
@@ -100,25 +105,34 @@ def _as_file(content: bytes) -> Iterator[str]:
 
 
 class Validity:
-    """For which names and until when a certificate is valid. `problem` says why clients refuse it."""
+    """For which names and until when a certificate is valid. `problem` says why clients refuse it.
+
+    If it could not be found out, `until` is None, and `problem` says why.
+    """
 
     def __init__(self, pair: KeyPair) -> None:
-        """Do a handshake in memory, in which the certificate itself is the one that is trusted."""
+        """Find it out. Raises nothing: a service does not depend on it."""
         self.names: tuple[str, ...] = ()
         self.until: datetime | None = None
         self.problem = ""
-        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            self._find_out(pair)
+        except (OSError, ValueError, KeyError) as error:  # ssl.SSLError is an OSError
+            self.problem = str(error)
+
+    def _find_out(self, pair: KeyPair) -> None:
+        """Do a handshake in memory, in which the certificate itself is the one that is trusted."""
+        server, client = create_context(pair), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+        certificates = b"\n".join(_CERTIFICATE.findall(pair.certificate))  # without comments, in whatever encoding
+        client.load_verify_locations(cadata=certificates.decode("ascii"))
         try:
-            client.load_verify_locations(cadata=pair.certificate.decode("latin-1"))
-            found = _handshake(create_context(pair), client)
+            found = _handshake(server, client)
         except ssl.SSLCertVerificationError as error:
             self.problem = error.verify_message
-            return
-        except ssl.SSLError as error:
-            self.problem = error.reason or "broken"
-            return
+            client.verify_mode = ssl.CERT_NONE
+            found = _handshake(server, client)
         self.names = tuple(str(name) for _, name in found.get("subjectAltName", ()))
         self.until = datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), UTC)
         now = time.time()
@@ -141,4 +155,5 @@ def _handshake(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -
                 pending.remove(side)
             except ssl.SSLWantReadError:
                 continue
+    client_context.verify_mode = ssl.CERT_REQUIRED  # with CERT_NONE, getpeercert() returns nothing
     return client.getpeercert() or {}
