@@ -108,6 +108,19 @@ def test_a_listing_continues_after_a_token_and_shows_times(home: Path) -> None:
     assert row.startswith(f"{second}  in ")
 
 
+def test_a_listing_that_may_go_on_says_so(home: Path) -> None:
+    """On standard error, so that the JSON stays JSON."""
+    generate = ("pool", "generate", "waiting", "--count")
+    assert run(home, *generate, "999").returncode == 0
+    assert run(home, "pool", "show", "waiting", "--json").stderr == ""
+    assert run(home, *generate, "2").returncode == 0
+    shown = run(home, "pool", "show", "waiting", "--json")
+    assert shown.stderr.startswith("There may be more than these 1,000: continue with --after")
+    last = json.loads(shown.stdout)[-1]["token"]
+    rest = run(home, "pool", "show", "waiting", "--json", "--after", last)
+    assert (len(json.loads(rest.stdout)), rest.stderr) == (1, "")
+
+
 def test_the_beginning_of_a_token_names_it(home: Path) -> None:
     with closing(sqlite3.connect(home / "tokenauth.db")) as database, database:
         for ending in ("1", "2"):

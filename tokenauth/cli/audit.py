@@ -91,8 +91,10 @@ def _describe_proof(verdict: "Verdict", other_files: bool) -> Sequence[str]:
         ends = "lines missing at the end would not show, since named files are checked without the .head file"
     elif verdict.headless:
         ends = "lines missing at the end would not show, since there is no valid .head file"
-    lost = f"lines before {verdict.first:,} existed and were" if verdict.first > 1 else "an older log existed and was"
+    lost = "the lines before them were" if verdict.first > 1 else "an older log existed and was"
+    missing = f"Lines 1 to {verdict.first - 1:,} are not here. If you did not move their file away, they were deleted."
     return [
+        *([missing] if verdict.first > 1 else []),
         f"Shown: no line in between was removed, changed, inserted or moved; {ends}.",
         f"Not shown: whether {lost} deleted, with its .head file, or all lines were written again."
         " For that, compare the last hash with one that you keep elsewhere.",

@@ -315,6 +315,16 @@ def utf8(argument: str) -> str:
     return argument
 
 
+LIMIT = 1000
+"""Rows that a command lists at most."""
+
+
+def note_limit(rows: Sequence[object], advice: str) -> None:
+    """Say on standard error that a list may go on, so that nobody takes it for the whole."""
+    if len(rows) >= LIMIT:
+        click.echo(f"There may be more than these {LIMIT:,}: {advice}.", err=True)
+
+
 def print_json(document: object) -> None:
     click.echo(json_text(document, indent=2))
 

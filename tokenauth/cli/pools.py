@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenauth.cli.base import (
+    LIMIT,
     CommandGroup,
     config_option,
     config_path,
     json_option,
+    note_limit,
     print_json,
     record_change,
     relative,
@@ -82,6 +84,8 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str, ful
     if not as_json:
         rows = [_flat(row) if full else {**_flat(row), "token": f"{row['token'][:_SHORT]}…"} for row in rows]
     show(rows, as_json, "tokens", ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until"))
+    if rows and "name" not in rows[0]:
+        note_limit(rows, "continue with --after and the last token, which --full shows")
 
 
 def _row(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
@@ -139,7 +143,7 @@ def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
     """
 
     async def list_line(service: "Service") -> list[dict[str, Any]]:
-        _, found = await service.pools.list_requests(_find(service, name, config_file), 1000)
+        _, found = await service.pools.list_requests(_find(service, name, config_file), LIMIT)
         return [
             {
                 "position": position,
@@ -153,7 +157,9 @@ def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
             for position, request in enumerate(found, 1)
         ]
 
-    show(with_service(config_file, list_line), as_json, "requests in line", ("since",))
+    rows = with_service(config_file, list_line)
+    show(rows, as_json, "requests in line", ("since",))
+    note_limit(rows, "later places are not shown")
 
 
 @pool.command("generate", epilog="Example: tokenauth pool generate vouchers --count 10")

@@ -15,6 +15,7 @@ from tokenauth.cli.base import (
     confirm,
     count,
     json_option,
+    note_limit,
     progress,
     record_change,
     show,
@@ -67,6 +68,7 @@ def tokens_list(config_file: str | None, as_json: bool, username: str | None, ki
     name = None if username is None else canonical(utf8(username))
     found = with_service(config_file, lambda service: service.tokens.list_unexpired(name, kind))
     _show([_row(token, status) for token, status in found], as_json, "tokens")
+    note_limit(found, "narrow the list with --user or --kind")
 
 
 @tokens.command("issue", epilog="Example: tokenauth tokens issue --user ci --name nightly --scope reports --ttl 90d")
