@@ -32,7 +32,8 @@ from tokenauth.stores.tables import metadata
 INTERRUPTED = """
 import signal
 from tokenauth.cli.main import main
-from tokenauth.stores.copying import {kind}
+from tokenauth.stores.copying import _Copy
+from tokenauth.stores.sqlite.copying import SqliteSide
 
 method = {kind}.{name}
 
@@ -44,6 +45,8 @@ async def interrupted(*arguments):
 main(prog_name="tokenauth")
 """
 """`tokenauth` that gets Ctrl-C when it calls a method."""
+
+AGAIN = "Interrupted. Run the same command again: it goes on, unless the copy has finished.\n"
 
 POOL = """
 [pools.phones]
@@ -207,7 +210,7 @@ def test_the_source_is_that_of_the_configuration(tmp_path: Path, source: str) ->
     assert all(len(table["digest"]) == 64 for table in report["tables"])
 
 
-@pytest.mark.parametrize(("where", "status"), [("_Copy._add", 130), ("Side.finish", 0)], ids=["early", "late"])
+@pytest.mark.parametrize(("where", "status"), [("_Copy._add", 130), ("SqliteSide.finish", 0)], ids=["early", "late"])
 def test_ctrl_c_says_whether_a_copy_has_finished(tmp_path: Path, source: str, where: str, status: int) -> None:
     """Ctrl-C comes too late once the copy is about to finish."""
     command = "copy", "--to", f"sqlite+aiosqlite:///{tmp_path}/b.db"
@@ -215,11 +218,25 @@ def test_ctrl_c_says_whether_a_copy_has_finished(tmp_path: Path, source: str, wh
     done = script(tmp_path, "-c", INTERRUPTED.format(kind=kind, name=name), *command, program=sys.executable)
     assert done.returncode == status, done
     assert ("both are equal" in done.stdout) is (status == 0)
-    interrupted = "Interrupted: the copy is not finished. Run the same command again: it goes on.\n"
-    assert done.stderr.endswith(interrupted) is (status != 0)
+    assert done.stderr.endswith(AGAIN) is (status != 0)
     again = run(tmp_path, *command)
     assert again.returncode == 0, again
     assert "both are equal" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"), [("_Copy.check", True), ("SqliteSide.close", False)], ids=["check", "close"]
+)
+def test_ctrl_c_does_not_call_a_finished_copy_unfinished(tmp_path: Path, source: str, name: str, copied: bool) -> None:
+    """Neither while it is compared once more, nor while the databases are closed."""
+    command = "copy", "--to", f"sqlite+aiosqlite:///{tmp_path}/b.db"
+    if copied:
+        assert run(tmp_path, *command).returncode == 0
+    kind, method = name.split(".")
+    done = script(tmp_path, "-c", INTERRUPTED.format(kind=kind, name=method), *command, program=sys.executable)
+    assert done.returncode == 130, done
+    assert done.stderr.endswith(AGAIN)
+    assert "both are equal" in run(tmp_path, *command).stdout
 
 
 def test_a_copy_is_for_its_owner_only(tmp_path: Path, source: str) -> None:

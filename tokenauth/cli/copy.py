@@ -55,7 +55,7 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
         try:
             report = asyncio.run(copy_database(origin, DatabaseSettings(url=target), on_progress))
         except KeyboardInterrupt:
-            click.echo("Interrupted: the copy is not finished. Run the same command again: it goes on.", err=True)
+            click.echo("Interrupted. Run the same command again: it goes on, unless the copy has finished.", err=True)
             raise
     seconds = time.monotonic() - began
     if as_json:
