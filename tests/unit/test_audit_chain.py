@@ -233,6 +233,18 @@ def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     assert (chain.verify().problem, chain.verify().lines) == (None, 5)
 
 
+def test_without_a_head_a_missing_end_may_be_that_of_a_crash(tmp_path: Path) -> None:
+    """Nothing then shows whether the head knew that line. It is a break in any case."""
+    chain = filled(tmp_path, 3)
+    chain.path.write_bytes(chain.path.read_bytes().removesuffix(b"\n"))
+    assert "was removed" in str(chain.verify().problem)
+    named = chain.verify([chain.path])
+    chain.head_path.unlink()
+    for verdict in (named, chain.verify()):
+        assert verdict.breaks == 1
+        assert "no line break at its end: a crash has lost it, or someone has removed it" in str(verdict.problem)
+
+
 def test_a_rotated_file_without_its_end_shows(tmp_path: Path) -> None:
     """Also where it is checked by name, and compressed."""
     chain = filled(tmp_path, 5)

@@ -57,6 +57,8 @@ _CHANGED = "this line was changed or cut, or tokenauth did not write it"
 
 _END_REMOVED = "the line break at the end of this line was removed"
 
+_END_MISSING = "this line has no line break at its end: a crash has lost it, or someone has removed it"
+
 _APPEND = os.O_RDWR | os.O_APPEND
 
 _HASH_FIELD, _HASH_END = b',"hash":"', b'"}'
@@ -314,7 +316,7 @@ class Chain:
                     verdict = verdict.broken(problem, position)
             changed = 0
             if line == whole and (head is None or found.n <= head.n):  # a crash may leave such a line beyond the head
-                verdict = verdict.broken(_END_REMOVED, position)
+                verdict = verdict.broken(_END_MISSING if head is None else _END_REMOVED, position)
             known = known or (head is not None and (_is_last(head, found) or _follows(head, found)))
             if found.n > verdict.last:
                 verdict = verdict._replace(
