@@ -24,6 +24,7 @@ SETTINGS = """
 [tokens]
 per_user = 2
 [pools.p]
+[pools.busy]
 [pools.phones]
 lease_ttl = "60s"
 [[pools.phones.members]]
@@ -39,6 +40,7 @@ class Scene:
         self.service = service
         self.clock = clock
         self.pool = service.pools.find("p")
+        self.busy = service.pools.find("busy")
         self.phones = service.pools.find("phones")
         self.written = asyncio.Event()
         """Whether a change waits to be written."""
@@ -49,6 +51,7 @@ class Scene:
         [self.value] = await self.service.pools.generate(self.pool, 1)
         self.phone = (await self.service.pools.assign(self.phones, "desk", "ann")).value
         await self.reserve()
+        await self.service.store.pools.ask(self.busy, "ann", "1", "desk", self.clock(), keep=1000)
         with pytest.raises(InvalidCredentials):
             await self.service.tokens.issue("ann", "wrong", HERE, "")
         writer = self.service.store.engine.writer  # type: ignore[attr-defined]
@@ -67,6 +70,10 @@ class Scene:
     async def lapse(self) -> None:
         self.clock.advance(100)
         await self.service.pools.note_lapsed(self.phones, self.clock(), MAX_COUNT)
+
+    async def extend_lapsed(self) -> None:
+        self.clock.advance(100)
+        await self.service.pools.keep_alive_any(self.phones, self.phone)
 
     async def reserve(self) -> None:
         await self.service.pools.reserve(self.phones, "pixel", "1h", "ann", "", "boss")
@@ -91,7 +98,10 @@ ACTS: Mapping[str, Act] = {
         scene.phones, scene.phone, "mine", "boss", ANY_LEASE, None
     ),
     "note a lapse": Scene.lapse,
+    "extend a lapsed one": Scene.extend_lapsed,
+    "leave the line": lambda scene: scene.service.pools.leave_line(scene.busy, "ann", "1"),
     "clear a user": lambda scene: scene.service.throttle.clear_user("ann", HERE, "boss"),
+    "clear a network": lambda scene: scene.service.throttle.clear_network("192.0.2.0/24", "boss"),
 }
 
 
