@@ -171,7 +171,6 @@ class Pools:
             pool for pool in self._pools.values() if user is None or pool.scope is None or pool.scope in user.scopes
         ]
 
-    @finished
     async def generate(self, pool: Pool, count: int, by: str | None = None) -> Sequence[str]:
         """Add `count` free tokens, all or none, and return their values. Log which manager did that, if one did.
 
@@ -187,12 +186,16 @@ class Pools:
         now = self._clock()
         if pool.capacity is not None and now - pool.token_ttl >= self._lapses_since.get(pool.name, 0.0):
             await self._note_all_lapsed(pool, now)  # expired tokens are deleted for new ones
+        await self._add(pool, values, now, by)
+        return values
+
+    @finished
+    async def _add(self, pool: Pool, values: Sequence[str], now: Instant, by: str | None) -> None:
         if not await self._store.pools.generate(pool, values, now):
             raise PoolFull
         if by is not None:
-            log.info("pool_tokens_generated", pool=pool.name, count=count, by=by)
+            log.info("pool_tokens_generated", pool=pool.name, count=len(values), by=by)
         self.waiting.wake(pool)
-        return values
 
     async def assign(
         self,
