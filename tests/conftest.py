@@ -30,12 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the files of the fast tests in memory, where there is room: they would wait for a disk half of the time.
 
-    SIGINT and SIGHUP work also where a shell runs the tests in the background, or `nohup` does, and ignores them:
-    commands under test inherit that.
+    SIGINT, SIGQUIT and SIGHUP work also where a shell runs the tests in the background, or `nohup` does, and ignores
+    them: commands under test inherit that.
     """
-    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, default)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if "not faults" in config.option.markexpr and "TMPDIR" not in os.environ and _has_room(_MEMORY):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
     config.pluginmanager.register(_HangWatch(float(config.getini("longest_test"))))
