@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from threading import Thread
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -153,7 +154,15 @@ class Proxy:
     def _accept(self, listening: socket.socket) -> None:
         with suppress(OSError):
             connection = Connection(_quick(listening.accept()[0]))
-            self._open[connection] = self._loop.create_task(self._serve(connection))
+            task = self._open[connection] = self._loop.create_task(self._serve(connection))
+            task.add_done_callback(partial(self._end, connection))
+
+    def _end(self, connection: Connection, task: asyncio.Task[None]) -> None:
+        """Close the connection, also if its task was cancelled before it began."""
+        if task.cancelled():
+            connection.reset()
+        connection.close()
+        del self._open[connection]
 
     async def _serve(self, connection: Connection) -> None:
         """Forward both ways until both ends have closed, or one fails."""
@@ -171,9 +180,6 @@ class Proxy:
             connection.reset()
             if not isinstance(error, OSError | ExceptionGroup):
                 raise
-        finally:
-            connection.close()
-            del self._open[connection]
 
     async def _read(self, connection: Connection, source: socket.socket, queue: _Queue) -> None:
         data: bytes | None = b"..."
