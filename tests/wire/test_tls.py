@@ -357,7 +357,7 @@ def test_the_end_is_known_whatever_the_certificate_is_for(tmp_path: Path, usage:
 
 @contextmanager
 def descriptors(left: int) -> Iterator[None]:
-    """Let this process open only so many files more."""
+    """Let this process open at most `left` more files."""
     first = os.dup(0)
     os.close(first)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
