@@ -24,6 +24,8 @@ class Stream(NamedTuple):
     requests: list[Reading]
     valid: bool
     """False if the next request, or the rest of the last one, is malformed."""
+    framed: list[bool]
+    """Whether each request announces a body, which may be empty."""
 
 
 class _Invalid(Exception):
@@ -41,32 +43,35 @@ _METHODS = [b"GET", b"POST", b"OPTIONS", b"DELETE", b"PUT", b"HEAD"]
 _TARGET = re.compile(rb"/[!-~]*|[a-zA-Z][a-zA-Z0-9+.-]*://[!-~]+|\*")
 _HOST = re.compile(rb"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(?::[0-9]*)?")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
-_LENGTH = re.compile(rb"[0-9]{1,18}")
+_LENGTH = re.compile(rb"[0-9]+")
+_MAX_LENGTH = 2**64 - 1
 
 
 def read(data: bytes) -> Stream:
     """Parse requests until one is incomplete, ends the connection, or has ambiguous framing."""
     requests: list[Reading] = []
+    framed: list[bool] = []
     at = 0
     try:
         while True:
             while data[at : at + 1] in {b"\r", b"\n"}:
                 at += 1
             if at == len(data):
-                return Stream(requests, valid=True)
+                return Stream(requests, True, framed)
             line, at = _line(data, at)
             method, target, version = _request_line(line)
             fields, at = _fields(data, at)
             framing = _framing(fields, chunks=version == b"1")
             requests.append(Reading(method, target, None))
+            framed.append(framing != 0)
             body, at, trailers = _chunks(data, at) if framing is None else (*_counted(data, at, framing), [])
             requests[-1] = Reading(method, target, body)
             if version == b"0" or _ends([*fields, *trailers]):
-                return Stream(requests, valid=True)
+                return Stream(requests, True, framed)
     except _Invalid:
-        return Stream(requests, valid=False)
+        return Stream(requests, False, framed)
     except _Incomplete:
-        return Stream(requests, valid=True)
+        return Stream(requests, True, framed)
 
 
 def _request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
@@ -113,7 +118,10 @@ def _framing(fields: Sequence[tuple[bytes, bytes]], chunks: bool) -> int | None:
         return None
     if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):
         raise _Invalid
-    return int(lengths[0]) if lengths else 0
+    length = int(lengths[0]) if lengths else 0
+    if length > _MAX_LENGTH:
+        raise _Invalid
+    return length
 
 
 def _counted(data: bytes, at: int, length: int) -> tuple[bytes, int]:

@@ -166,7 +166,7 @@ def fault(stream: Stream, answers: Sequence[Answer], expected: Mapping[bytes, An
     whole = stream.valid and len(complete) == len(stream.requests)
     if whole and len(answers) < len(complete) and not refused:
         # An answer that comes before the end of its request's body ends the connection, and says so.
-        early = answers and answers[-1].closes and complete[len(answers) - 1].body
+        early = answers and answers[-1].closes and stream.framed[len(answers) - 1]
         if not early:
             return "a request is not answered"
     for number, (request, answer) in enumerate(zip(stream.requests, answers, strict=False)):
