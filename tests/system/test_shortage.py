@@ -1,7 +1,9 @@
 """Without threads, memory or file descriptors a request gets 503 with the reason. Service resumes at once after it."""
 
+import os
 import re
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -149,24 +151,58 @@ def test_without_descriptors_a_connection_gets_one_answer(server: Server) -> Non
 def test_without_descriptors_handshakes_hold_up_nobody(tmp_path: Path) -> None:
     """Neither those that fail, nor those that never end."""
     made = make_certificate(tmp_path)
-    with ExitStack() as stack, secured(tmp_path, made) as server:
+    with secured(tmp_path, made) as server:
         (worker,) = workers_of(server)
         context = trusting(made.certificate)
-        stack.enter_context(descriptors_limited(worker, 96))
-        kept = [stack.enter_context(connect(server, context)) for _ in range(64)]
-        assert [ask(one) for one in kept[:5]] == [200] * 5
+        with ExitStack() as stack, descriptors_limited(worker, 96):
+            kept = [stack.enter_context(connect(server, context)) for _ in range(64)]
+            assert [ask(one) for one in kept[:5]] == [200] * 5
+            server.wait("file_descriptors_short")
+            for _ in range(60):
+                with socket.create_connection(("127.0.0.1", server.port), 30) as other:
+                    other.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    with suppress(ConnectionResetError):
+                        assert other.recv(100) == b""
+            with connect(server, context) as connection:
+                assert ask(connection) == 200, "must answer after 60 failed handshakes"
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            with connect(server, context) as connection:
+                assert ask(connection) == 200, "must answer beside 60 stalled handshakes"
+        assert server.stop() == 0
+        assert {event["event"] for event in server.errors()} == {"file_descriptors_short"}
+
+
+def open_descriptors(process: int) -> int:
+    return len(os.listdir(f"/proc/{process}/fd"))
+
+
+def test_clients_ended_in_a_shortage_hold_up_no_stop(server: Server) -> None:
+    """They wait in the queue, so that each has just been accepted when it is ended for the next one."""
+    process = server.process.pid
+    with ExitStack() as stack, descriptors_limited(process, open_descriptors(process) + 6):
+        os.kill(process, signal.SIGSTOP)
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        os.kill(process, signal.SIGCONT)
+        with Connection(server.port) as last:
+            assert last.ask("GET", "/healthz").status == 200
+        assert server.events("file_descriptors_short")
+    assert server.stop() == -signal.SIGTERM, "it waits for no connection that is gone"
+
+
+def test_clients_that_leave_bodies_unsent_take_no_reserve(server: Server) -> None:
+    """Each is answered before the end of its body, so its connection stays open for a while to send the rest."""
+    process = server.process.pid
+    with ExitStack() as stack, descriptors_limited(process, 96):
+        for _ in range(80):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
         server.wait("file_descriptors_short")
         for _ in range(60):
-            with socket.create_connection(("127.0.0.1", server.port), 30) as other:
-                other.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                with suppress(ConnectionResetError):
-                    assert other.recv(100) == b""
-        with connect(server, context) as connection:
-            assert ask(connection) == 200, "must answer after 60 failed handshakes"
-        for _ in range(60):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
-        with connect(server, context) as connection:
-            assert ask(connection) == 200, "must answer beside 60 stalled handshakes"
+            stuck = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            stuck.sendall(b"POST /api/token HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n{")
+            assert stuck.recv(65536).startswith(b"HTTP/1.1 413 ")
+            assert open_descriptors(process) < 96 - 12, "more than half of the reserve of 24"
 
 
 def test_without_descriptors_open_connections_work(server: Server) -> None:

@@ -10,11 +10,12 @@ import errno
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from tokenauth import file_descriptors
@@ -91,8 +92,8 @@ class Acceptor:
             times = {"ssl_handshake_timeout": HANDSHAKE_TIMEOUT, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
             self._tls = {"ssl": tls, **times}
         self._closing_state = _ClosingState(state)
-        self._answered_once: list[HttpToolsProtocol] = []
-        self._connecting: dict[asyncio.Task[None], HttpToolsProtocol] = {}
+        self._answered_once: dict[HttpToolsProtocol, socket.socket] = {}  # the oldest first
+        self._connecting: dict[asyncio.Task[None], socket.socket] = {}
         self._loop = asyncio.get_running_loop()
         self._logged_at = -_LOG_INTERVAL
         self._short = False
@@ -108,7 +109,7 @@ class Acceptor:
         if self._connecting:
             _, slow = await asyncio.wait(self._connecting, timeout=_LAST_HANDSHAKES)
             for task in slow:
-                task.cancel()
+                _shut_down(self._connecting[task])
 
     def close(self) -> None:
         """Accept no more connections."""
@@ -122,14 +123,17 @@ class Acceptor:
 
     def _accept_some(self) -> None:
         for _ in range(1 + len(self._state.connections) // OPEN_PER_ACCEPT):
-            if not self._accept():
+            if not self._accept() or self._is_full():
                 return
 
     def _accept(self) -> bool:
         """Accept one connection; return False if none waits, or none can be accepted."""
-        if self._answered_once and not self._make_room():
-            self._pause()
-            return False
+        oldest = None
+        if self._is_full():
+            oldest = next(filter(self._waits_for_client, self._answered_once), None)
+            if oldest is None:
+                self._pause()
+                return False
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
@@ -144,39 +148,46 @@ class Acceptor:
         self._log_shortage(short)
         protocol = self._protocol(self._closing_state if short else self._state)
         if short:
-            self._answered_once.append(protocol)
+            if oldest is not None:
+                self._end(oldest)
+            self._answered_once[protocol] = connection
         task = self._loop.create_task(self._connect(protocol, connection))
-        self._connecting[task] = protocol
+        self._connecting[task] = connection
         task.add_done_callback(self._connecting.pop)
         return True
 
     async def _connect(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
-        except (OSError, MemoryError, asyncio.CancelledError):  # it has disconnected or speaks no TLS; memory is short
+        except (OSError, MemoryError):  # it has disconnected or speaks no TLS; memory is short
             connection.close()
-            if protocol in self._answered_once:
-                self._answered_once.remove(protocol)
+            self._answered_once.pop(protocol, None)
 
-    def _make_room(self) -> bool:
-        """Return whether one more connection can be answered once. May close the oldest that waits for its client."""
-        self._answered_once = [
-            protocol
-            for protocol in self._answered_once
-            if protocol.transport is None or not protocol.transport.is_closing()
-        ]
-        if len(self._answered_once) < file_descriptors.reserve() // 4:
+    def _is_full(self) -> bool:
+        """Return whether no more connections can be answered once. Each counts until its descriptor is free."""
+        if not self._answered_once:
+            return False
+        open_ones = self._state.connections
+        for protocol in [each for each in self._answered_once if each.transport is not None and each not in open_ones]:
+            del self._answered_once[protocol]
+        return len(self._answered_once) >= file_descriptors.reserve() // 4
+
+    def _waits_for_client(self, protocol: HttpToolsProtocol) -> bool:
+        """Return whether a connection waits for its client to send or to read, and not for the server to answer."""
+        if protocol.transport is None:
+            return bool(self._tls)  # the handshake
+        cycle = protocol.cycle
+        if cycle is None or cycle.response_complete or protocol.transport.is_closing():
             return True
-        for protocol in self._answered_once:
-            if protocol.transport is not None and _waits_for_client(protocol.cycle):
-                protocol.transport.close()
-                return True
-        for task, protocol in self._connecting.items():  # in a TLS handshake
-            if protocol in self._answered_once:
-                task.cancel()
-                self._answered_once.remove(protocol)
-                return True
-        return False
+        return cycle.more_body and not cycle.response_started
+
+    def _end(self, protocol: HttpToolsProtocol) -> None:
+        """End a connection at once."""
+        connection = self._answered_once.pop(protocol)
+        if protocol.transport is None:
+            _shut_down(connection)
+        else:
+            protocol.transport.abort()
 
     def _pause(self) -> None:
         if self._open:
@@ -203,9 +214,10 @@ class Acceptor:
             log.info("file_descriptors_free_again", connections=len(self._state.connections))
 
 
-def _waits_for_client(cycle: RequestResponseCycle | None) -> bool:
-    """Return whether a connection waits for its client to send, and not for the server to answer."""
-    return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
+def _shut_down(connection: socket.socket) -> None:
+    """End a connection that may not have been made yet. To cancel its task would not always end its protocol."""
+    with suppress(OSError):  # its client has disconnected
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class AcceptingServer(uvicorn.Server):
