@@ -234,7 +234,8 @@ def test_users_are_added_changed_and_removed(home: Path) -> None:
     after = loader.load(path).users_by_name["eve"]
     assert argon2.verify("another password", after.password_hash)
     assert after.credential != before.credential
-    assert {"username": "eve", "scopes": ["a", "b"]} in json.loads(output(run(home, "user", "list", "--json")))
+    row = {"username": "eve", "scopes": ["a", "b"], "file": "config.toml"}
+    assert row in json.loads(output(run(home, "user", "list", "--json")))["users"]
     shown = [line.split() for line in output(run(home, "user", "list")).splitlines()]
     assert shown == [["user", "scopes"], ["admin", "admin"], ["ann", "read", "write"], ["bob"], ["eve", "a", "b"]]
     scoped = run(home, "user", "set-scopes", "eve", "--scope", "c")
@@ -414,7 +415,8 @@ def valid(server: Server, values: list[str]) -> list[bool]:
 
 
 def listed(server: Server, *arguments: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(output(run(server.log.parent, "tokens", "list", "--json", *arguments)))
+    listed = json.loads(output(run(server.log.parent, "tokens", "list", "--json", *arguments)))
+    rows: list[dict[str, Any]] = listed["tokens"]
     return rows
 
 

@@ -84,7 +84,7 @@ def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
     with worker(home / "config.toml"):  # adds the member
         pass
     printed = [output(run(home, *change, stdin="a long password\n")) for change in changes]
-    token = json.loads(output(run(home, "tokens", "list", "--json")))[0]["id"]
+    token = json.loads(output(run(home, "tokens", "list", "--json")))["tokens"][0]["id"]
     new = output(run(home, "tokens", "rotate", token))
     output(run(home, "tokens", "revoke", "--user", "ann"))
     licence = printed[5].split()[0]
@@ -117,7 +117,7 @@ def test_each_command_that_changes_something_is_an_act(home: Path) -> None:
 @pytest.mark.parametrize("by", ["id", "scan"])
 def test_a_revoked_token_is_of_a_user(home: Path, by: str) -> None:
     token = output(run(home, "tokens", "issue", "--user", "ann", "--name", "ci")).strip()
-    id_ = json.loads(output(run(home, "tokens", "list", "--json")))[0]["id"]
+    id_ = json.loads(output(run(home, "tokens", "list", "--json")))["tokens"][0]["id"]
     if by == "id":
         output(run(home, "tokens", "revoke", "--id", id_))
     else:
@@ -160,7 +160,7 @@ def test_a_change_that_is_interrupted_is_an_act(home: Path) -> None:
     [token] = output(run(home, "pool", "generate", "licences")).split()
     assert interrupt("tokens", "issue", "--user", "ann", "--name", "two") == 0
     assert interrupt("tokens", "scan", "--revoke", stdin=one) == 130
-    [two] = [row["id"] for row in json.loads(output(run(home, "tokens", "list", "--json")))]
+    [two] = [row["id"] for row in json.loads(output(run(home, "tokens", "list", "--json")))["tokens"]]
     assert interrupt("tokens", "rotate", two) == 0
     assert interrupt("tokens", "revoke", "--user", "ann", "--leases") == 130
     assert interrupt("pool", "generate", "licences") == 0

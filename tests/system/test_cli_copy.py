@@ -207,7 +207,7 @@ def test_the_source_is_that_of_the_configuration(tmp_path: Path, source: str) ->
     assert (report["from"], report["to"]) == (f"{tmp_path}/tokenauth.db", f"{tmp_path}/b.db")
     assert (report["finished"], report["in_use"], done.returncode) == (True, None, 0)
     assert {table["name"] for table in report["tables"]} == {*metadata.tables}
-    assert all(len(table["digest"]) == 64 for table in report["tables"])
+    assert all(len(table["sha256"]) == 64 for table in report["tables"])
 
 
 @pytest.mark.parametrize(("where", "status"), [("_Copy._add", 130), ("SqliteSide.finish", 0)], ids=["early", "late"])

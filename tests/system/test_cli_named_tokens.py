@@ -47,7 +47,7 @@ def me(client: httpx.Client, token: str) -> Any:
 
 
 def listed(home: Path, *options: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(output(run(home, "tokens", "list", "--json", *options)))
+    rows: list[dict[str, Any]] = json.loads(output(run(home, "tokens", "list", "--json", *options)))["tokens"]
     return rows
 
 
@@ -148,7 +148,7 @@ def test_a_scan_names_the_live_tokens_in_a_text(home: Path, client: httpx.Client
     text = f"curl -H 'X-Token: {named}'\n{login}{'x' * 9}\nGET /?token%3D{login}\n{ended} {'y' * 64}\n"
     done = scan(home, "--json", stdin=text)
     assert done.returncode == 3
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["tokens"]
     assert [(row["file"], row["user"], row["kind"], row["name"], row["status"]) for row in rows] == [
         ("-", "ann", "named", "nightly", "valid"),
         ("-", "admin", "login", None, "valid"),
@@ -173,7 +173,9 @@ def test_a_scan_that_revokes_ends_what_it_finds(home: Path, client: httpx.Client
     (home / "clean.txt").write_text("nothing\n")
     done = scan(home, "--revoke", "clean.txt", "leak.txt", "--json")
     assert done.returncode == 3
-    assert [(row["file"], row["id"], row["status"]) for row in json.loads(done.stdout)] == [("leak.txt", id, "revoked")]
+    assert [(row["file"], row["id"], row["status"]) for row in json.loads(done.stdout)["tokens"]] == [
+        ("leak.txt", id, "revoked")
+    ]
     assert recorded(done) == [{"event": "token_revoked", "user": "ann", "id": id}]
     assert not probe(client, named)
     assert probe(client, login)
@@ -186,12 +188,14 @@ def test_a_token_at_the_border_of_two_parts_is_found(home: Path, client: httpx.C
     for offset in (-70, -64, -40, -1, 0, 1):
         (home / "large.txt").write_text(" " * ((1 << 20) + offset) + token + " " * (1 << 20))
         done = scan(home, "large.txt", "--json")
-        assert (done.returncode, len(json.loads(done.stdout))) == (3, 1), offset
+        assert (done.returncode, len(json.loads(done.stdout)["tokens"])) == (3, 1), offset
 
 
 def test_a_scan_of_nothing_finds_nothing(home: Path, client: httpx.Client) -> None:
     assert output(scan(home)) == "No live tokens.\n"
-    assert output(scan(home, "--json")) == "[]\n"
+    assert json.loads(output(scan(home, "--json"))) == {"tokens": []}
+    unreadable = scan(home, "--json", "missing.txt")
+    assert (unreadable.returncode, json.loads(unreadable.stdout)) == (1, {"tokens": []})
     assert mistake(scan(home, "missing.txt")) == "missing.txt: cannot be read: No such file or directory."
 
 
@@ -202,7 +206,7 @@ def test_an_unreadable_file_hides_no_finding(home: Path, client: httpx.Client, r
     (home / "leak.txt").write_text(f"\x1b[32m{token}\x1b[0m")
     done = scan(home, "missing.txt", "leak.txt", "/nonexistent", "--json", *revoke)
     assert done.returncode == 3
-    assert [(row["file"], row["id"]) for row in json.loads(done.stdout)] == [("leak.txt", id)]
+    assert [(row["file"], row["id"]) for row in json.loads(done.stdout)["tokens"]] == [("leak.txt", id)]
     for file in ("missing.txt", "/nonexistent"):
         assert f"Error: {file}: cannot be read: No such file or directory.\n" in done.stderr
     assert probe(client, token) is not bool(revoke)

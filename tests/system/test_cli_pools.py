@@ -43,12 +43,11 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
         assert {len(token) for token in made} == {64}
         lease = ann.ask("POST", "/licences/leases").json()
         assert lease["token"] in made
-        shown = json.loads(output(run(home, "pool", "show", "licences", "--json")))
+        shown = json.loads(output(run(home, "pool", "show", "licences", "--json")))["tokens"]
         assert [row["token"] for row in shown] == sorted(made)
         [held] = [row for row in shown if row["holder"] is not None]
-        assert held == {
+        assert {key: value for key, value in held.items() if value is not None} == {
             "token": lease["token"],
-            "expiry_time": None,
             "fence": 1,
             "user": "ann",
             "holder": "ann",
@@ -75,17 +74,17 @@ def test_pool_commands_work_while_a_server_runs(home: Path) -> None:
 
 def test_pools_are_listed_as_a_table_or_as_json(home: Path) -> None:
     output(run(home, "pool", "generate", "waiting"))
-    assert json.loads(output(run(home, "pool", "list", "--json"))) == [
-        {"name": "licences", "capacity": 3, "available": 0, "leased": 0, "reserved": None},
-        {"name": "waiting", "capacity": None, "available": 1, "leased": 0, "reserved": None},
-        {"name": "permits", "capacity": 1, "available": 1, "leased": 0, "reserved": None},
+    assert json.loads(output(run(home, "pool", "list", "--json")))["pools"] == [
+        {"name": "licences", "capacity": 3, "available": 0, "leased": 0, "waiting": 0, "reserved": None},
+        {"name": "waiting", "capacity": None, "available": 1, "leased": 0, "waiting": 0, "reserved": None},
+        {"name": "permits", "capacity": 1, "available": 1, "leased": 0, "waiting": 0, "reserved": None},
     ]
     head, *rows = output(run(home, "pool", "list")).splitlines()
-    assert head.split() == ["name", "capacity", "available", "leased"]
+    assert head.split() == ["name", "capacity", "available", "leased", "waiting"]
     assert [row.split() for row in rows] == [
-        ["licences", "3", "0", "0"],
-        ["waiting", "1", "0"],
-        ["permits", "1", "1", "0"],
+        ["licences", "3", "0", "0", "0"],
+        ["waiting", "1", "0", "0"],
+        ["permits", "1", "1", "0", "0"],
     ]
 
 
@@ -100,7 +99,9 @@ def test_no_command_resizes_the_pool_of_a_running_server(tmp_path: Path, capacit
 
 
 def test_a_listing_continues_after_a_token_and_shows_times(home: Path) -> None:
-    first, second = sorted(json.loads(output(run(home, "pool", "generate", "waiting", "--count", "2", "--json"))))
+    first, second = sorted(
+        json.loads(output(run(home, "pool", "generate", "waiting", "--count", "2", "--json")))["tokens"]
+    )
     head, row = output(run(home, "pool", "show", "waiting", "--after", first)).splitlines()
     assert head.split() == ["token", "expires", "fence"]
     assert re.fullmatch(rf"{second[:8]}…  in (59m|1h) +0", row)
@@ -116,9 +117,11 @@ def test_a_listing_that_may_go_on_says_so(home: Path) -> None:
     assert run(home, *generate, "2").returncode == 0
     shown = run(home, "pool", "show", "waiting", "--json")
     assert shown.stderr.startswith("There may be more than these 1,000: continue with --after")
-    last = json.loads(shown.stdout)[-1]["token"]
+    last = json.loads(shown.stdout)["tokens"][-1]["token"]
+    assert json.loads(shown.stdout)["next"] == last
     rest = run(home, "pool", "show", "waiting", "--json", "--after", last)
-    assert (len(json.loads(rest.stdout)), rest.stderr) == (1, "")
+    assert (len(json.loads(rest.stdout)["tokens"]), rest.stderr) == (1, "")
+    assert json.loads(rest.stdout)["next"] is None
 
 
 def test_the_beginning_of_a_token_names_it(home: Path) -> None:
@@ -152,16 +155,19 @@ def test_members_are_shown_by_name_with_their_reservation(tmp_path: Path) -> Non
         lease = ann.ask("POST", "/phones/leases", {"labels": ["arm"], "holder": "ci-7"}).json()
         reservation = {"until": "2h", "note": "demo", "for": "Bob"}
         until = admin.ask("PUT", "/phones/members/moto/reservation", reservation).json()["reservation"]["until"]
-        [counts] = json.loads(output(run(tmp_path, "pool", "list", "--json")))
-        assert counts == {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "reserved": 1}
-        moto, pixel = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
+        [counts] = json.loads(output(run(tmp_path, "pool", "list", "--json")))["pools"]
+        expected = {"name": "phones", "capacity": 2, "available": 0, "leased": 1, "waiting": 0, "reserved": 1}
+        assert counts == expected
+        shown = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
+        moto, pixel = shown.pop("tokens")
+        assert shown == {**expected, "next": None}
         assert list(moto) == list(pixel)
         assert (moto["name"], moto["labels"], moto["user"], moto["note"]) == ("moto", [], None, "")
         assert moto["reservation"] == {"until": until, "note": "demo", "for": "bob", "by": "admin"}
         assert pixel == {
             "name": "pixel-8", "labels": ["android", "arm"], "token": lease["token"], "fence": 1, "user": "ann",
             "holder": "ci-7", "leased_at": lease["expiry_time"] - 60, "lease_expiry_time": lease["expiry_time"],
-            "reservation": None, "note": "shelf 3",
+            "expiry_time": None, "max_expiry_time": None, "reservation": None, "note": "shelf 3",
         }  # fmt: skip
         head, *rows = output(run(tmp_path, "pool", "show", "phones")).splitlines()
         assert head.split()[:3] == ["name", "labels", "token"]
@@ -192,7 +198,7 @@ def test_members_are_reserved_for_a_user(tmp_path: Path) -> None:
         assert event == {"event": "pool_member_reserved", **named, "user": "bob", "note": "battery swap"}
         moto, _ = admin.members("phones")
         assert moto["reservation"] == {"until": until, "note": "battery swap", "for": "bob", "by": None}
-        shown, _ = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))
+        shown, _ = json.loads(output(run(tmp_path, "pool", "show", "phones", "--json")))["tokens"]
         assert shown["reservation"] == moto["reservation"]
         assert ann.ask("POST", "/phones/leases", {"labels": ["moto"]}).status == 409
         lease = {"labels": ["moto"], "holder": "ci-7"}
@@ -242,11 +248,17 @@ def test_the_waiting_line_is_listed_in_order(home: Path) -> None:
         assert ann.ask("POST", "/licences/leases", {"wait": 0, "request": "a", "holder": "ci-7"}).status == 202
         first = {"wait": 0, "request": "b", "count": 2, "priority": 5}
         assert admin.ask("POST", "/licences/leases", first).status == 202
-        rows = json.loads(output(run(home, "pool", "line", "licences", "--json")))
-        assert [{**row, "since": 0} for row in rows] == [
-            {"position": 1, "user": "admin", "holder": "admin", "since": 0, "count": 2, "priority": 5, "labels": []},
-            {"position": 2, "user": "ann", "holder": "ci-7", "since": 0, "count": 1, "priority": 0, "labels": []},
-        ]
+        shown = json.loads(output(run(home, "pool", "line", "licences", "--json")))
+        assert shown["waiting"] == 2
+        first, second = ({**row, "since": 0} for row in shown["requests"])
+        assert first == {
+            "position": 1, "user": "admin", "holder": "admin", "since": 0, "count": 2, "priority": 5, "labels": [],
+            "request": "b",
+        }  # fmt: skip
+        assert second == {
+            "position": 2, "user": "ann", "holder": "ci-7", "since": 0, "count": 1, "priority": 0, "labels": [],
+            "request": "a",
+        }  # fmt: skip
         head, *rows = output(run(home, "pool", "line", "licences")).splitlines()
         assert head.split() == ["position", "user", "holder", "waits", "since", "count", "priority"]
         assert [row.split()[1] for row in rows] == ["admin", "ann"]
@@ -312,13 +324,13 @@ def test_generating_more_than_fit_is_refused_in_one_line(home: Path) -> None:
         refused = run(home, "pool", "generate", "waiting", "--count", count)
         assert refused.returncode == 2
         assert f"Error: Invalid value for '--count': {count} is not in the range 1<=x<=1000." in refused.stderr
-    assert output(run(home, "pool", "show", "licences", "--json")) == "[]\n"
+    assert json.loads(output(run(home, "pool", "show", "licences", "--json")))["tokens"] == []
 
 
 def test_a_permit_that_is_deleted_is_replaced(home: Path) -> None:
-    [before] = json.loads(output(run(home, "pool", "show", "permits", "--json")))
+    [before] = json.loads(output(run(home, "pool", "show", "permits", "--json")))["tokens"]
     output(run(home, "pool", "delete", "permits", before["token"]))
-    [after] = json.loads(output(run(home, "pool", "show", "permits", "--json")))
+    [after] = json.loads(output(run(home, "pool", "show", "permits", "--json")))["tokens"]
     assert after["token"] != before["token"]
 
 
@@ -332,6 +344,9 @@ def test_an_unknown_pool_is_one_line(home: Path, command: str) -> None:
 
 ONLY_COMMANDS = {"tokens": {"status"}}
 """What only commands show."""
+
+NAMES = {"tokens": "tokens", "pools": "pools", "members": "tokens", "free": "tokens", "line": "requests"}
+"""Under which name the list is, in the JSON of the command and in that of the API."""
 
 
 def test_json_calls_things_as_http_does(tmp_path: Path) -> None:
@@ -351,15 +366,15 @@ def test_json_calls_things_as_http_does(tmp_path: Path) -> None:
         assert ann.ask("POST", "/plain/leases", {}).status == 201
         with server.client(headers={"X-Token": admin.token}) as client:
 
-            def ask(path: str, name: str) -> Any:
-                return client.get(path).raise_for_status().json()[name]
+            def ask(path: str, kind: str) -> Any:
+                return client.get(path).raise_for_status().json()[NAMES[kind]]
 
             over_http = {
                 "tokens": ask("/api/tokens", "tokens"),
                 "pools": ask("/api/pools", "pools"),
-                "members": ask("/api/pools/phones", "tokens"),
-                "free": ask("/api/pools/plain?limit=1000", "tokens"),
-                "line": ask("/api/pools/phones/requests", "requests"),
+                "members": ask("/api/pools/phones", "members"),
+                "free": ask("/api/pools/plain?limit=1000", "free"),
+                "line": ask("/api/pools/phones/requests", "line"),
             }
         commands = {
             "tokens": ("tokens", "list", "--user", "admin"),
@@ -369,7 +384,7 @@ def test_json_calls_things_as_http_does(tmp_path: Path) -> None:
             "line": ("pool", "line", "phones"),
         }
         for kind, command in commands.items():
-            rows = json.loads(output(run(tmp_path, *command, "--json")))
+            rows = json.loads(output(run(tmp_path, *command, "--json")))[NAMES[kind]]
             assert len(rows) == len(over_http[kind]) > 0
             fields = {name for same in over_http[kind] for name in same}
             for row, same in zip(rows, over_http[kind], strict=True):

@@ -56,7 +56,7 @@ def throttle(server: Server, name: str, address: str = HOME) -> None:
 
 
 def listed(home: Path) -> list[dict[str, Any]]:
-    return list(json.loads(output(run(home, "throttle", "list", "--json"))))
+    return list(json.loads(output(run(home, "throttle", "list", "--json")))["throttled"])
 
 
 def test_a_throttled_user_is_listed_and_cleared(server: Server, home: Path) -> None:

@@ -342,8 +342,8 @@ def test_users_of_an_htpasswd_file_come_and_go(tmp_path: Path) -> None:
         with Connection(server.port) as connection:
             token = connection.log_in("eve", "correct horse battery staple")
             assert connection.ask("GET", "/api/me", X_Token=token).json()["scopes"] == ["read"]
-        listed = json.loads(output(run(tmp_path, "user", "list", "--json")))
-        assert {row["username"]: row["origin"] for row in listed} == {
+        listed = json.loads(output(run(tmp_path, "user", "list", "--json")))["users"]
+        assert {row["username"]: row["file"] for row in listed} == {
             **dict.fromkeys(("admin", "ann", "bob"), "config.toml"),
             "eve": f"{file}, line 1",
         }

@@ -66,4 +66,4 @@ def test_the_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: P
     command = tmp_path / "venv/bin/tokenauth"
     assert run(command, "check", cwd=home).endswith("config.toml: ok, 3 users, 0 pools, 0 risks\n")
     assert run(command, "migrate", cwd=home) == f"The database has schema {HEAD}.\n"
-    assert run(command, "tokens", "list", "--json", cwd=home) == "[]\n"
+    assert run(command, "tokens", "list", "--json", cwd=home) == '{\n  "tokens": []\n}\n'

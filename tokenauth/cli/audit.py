@@ -54,12 +54,7 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
     """
     verdict = _chain(config_file, bool(files)).verify(files)
     if as_json:
-        problems = [
-            {"problem": one.problem}
-            | ({} if one.position is None else {"file": str(one.position.file), "line": one.position.line})
-            for one in verdict.problems
-        ]
-        print_json(verdict._asdict() | {"ok": verdict.problem is None, "problems": problems})
+        print_json(_report(verdict, bool(files)))
     elif verdict.problem is not None:
         for problem, position in verdict.problems:
             where = "" if position is None else f"{position.file}, line {position.line}: "
@@ -78,6 +73,26 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
         for line in _describe_proof(verdict, bool(files)):
             click.echo(line)
     context.exit(0 if verdict.problem is None else 1)
+
+
+def _report(verdict: "Verdict", other_files: bool) -> dict[str, object]:
+    problems = [
+        {"problem": problem, "file": position and str(position.file), "line": position and position.line}
+        for problem, position in verdict.problems
+    ]
+    return {
+        "ok": verdict.problem is None,
+        "lines": verdict.lines,
+        "first_line": verdict.first,
+        "last_line": verdict.last,
+        "last_hash": verdict.hash,
+        "cut_lines": verdict.cut,
+        "breaks": verdict.breaks,
+        "problems": problems,
+        "head_read": not (verdict.headless or other_files),
+        "lines_after_head": verdict.beyond,
+        "has_key": verdict.keyed,
+    }
 
 
 def _describe_proof(verdict: "Verdict", other_files: bool) -> Sequence[str]:

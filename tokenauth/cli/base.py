@@ -253,15 +253,12 @@ _HEADINGS = {
 """What tables call the fields of the JSON, if not by their names."""
 
 
-def show(rows: Sequence[dict[str, Any]], as_json: bool, what: str, instants: tuple[str, ...] = ()) -> None:
-    """Print rows as JSON or, for people, as a table without empty columns. `what` is the plural noun.
+def show_table(rows: Sequence[dict[str, Any]], what: str, instants: tuple[str, ...] = ()) -> None:
+    """Print rows as a table without empty columns. `what` is the plural noun.
 
-    The table shows the columns `instants` relative to now, unless they are texts. On a terminal that is too narrow for
-    it, each row is a block of lines.
+    The columns `instants` are shown relative to now, unless they are texts. On a terminal that is too narrow for the
+    table, each row is a block of lines.
     """
-    if as_json:
-        print_json(rows)
-        return
     if not rows:
         click.echo(f"No {what}.")
         return
@@ -325,7 +322,8 @@ def note_limit(rows: Sequence[object], advice: str) -> None:
         click.echo(f"There may be more than these {LIMIT:,}: {advice}.", err=True)
 
 
-def print_json(document: object) -> None:
+def print_json(document: Mapping[str, object]) -> None:
+    """Print an object. docs/command-line-json.md describes each: a list is in it, under the name of the API."""
     click.echo(json_text(document, indent=2))
 
 

@@ -59,7 +59,16 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
             raise
     seconds = time.monotonic() - began
     if as_json:
-        tables = [table._asdict() for table in report.tables]
+        tables = [
+            {
+                "name": each.name,
+                "rows": each.rows,
+                "added": each.added,
+                "changed": each.corrected,
+                "sha256": each.digest,
+            }
+            for each in report.tables
+        ]
         done = {"finished": report.in_use is None, "in_use": report.in_use, "seconds": round(seconds, 1)}
         print_json({"from": report.source, "to": report.target, **done, "tables": tables})
     else:

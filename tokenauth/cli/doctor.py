@@ -67,7 +67,7 @@ def diagnose(config_file: str | None, as_json: bool) -> NoReturn:
     findings = list(_examine(path))
     failed = any(finding.status == "error" for finding in findings)
     if as_json:
-        print_json({"ok": not failed, "checks": [finding._asdict() for finding in findings]})
+        print_json({"ok": not failed, "checks": [{**one._asdict(), "fix": one.fix or None} for one in findings]})
     else:
         for finding in findings:
             _show(path, finding)

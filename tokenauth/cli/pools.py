@@ -16,13 +16,13 @@ from tokenauth.cli.base import (
     print_json,
     record_change,
     relative,
-    show,
+    show_table,
     utf8,
     with_service,
 )
 from tokenauth.errors import AlreadyReserved, LeaseLost, UnknownPool
 from tokenauth.logs import printable
-from tokenauth.models import LeaseCheck
+from tokenauth.models import LeaseCheck, Member
 
 if TYPE_CHECKING:
     from tokenauth.models import Instant, Pool, PoolToken
@@ -44,21 +44,27 @@ def pool() -> None:
 @config_option
 @json_option
 def pool_list(config_file: str | None, as_json: bool) -> None:
-    """List the pools, with their free, leased and reserved tokens."""
+    """List the pools, with their tokens and waiting requests."""
 
     async def count(service: "Service") -> list[dict[str, Any]]:
-        rows = []
-        for pool in service.pools.usable_by():
-            reserved = None
-            if pool.members:
-                available, leased, reserved = pool.count(await service.pools.members(pool), service.clock())
-            else:
-                available, leased = await service.pools.count(pool)
-            counts = {"available": available, "leased": leased, "reserved": reserved}
-            rows.append({"name": pool.name, "capacity": pool.capacity, **counts})
-        return rows
+        return [await _count(service, pool) for pool in service.pools.usable_by()]
 
-    show(with_service(config_file, count), as_json, "pools")
+    rows = with_service(config_file, count)
+    if as_json:
+        print_json({"pools": rows})
+    else:
+        show_table(rows, "pools")
+
+
+async def _count(service: "Service", pool: "Pool") -> dict[str, Any]:
+    reserved = None
+    if pool.members:
+        available, leased, reserved = pool.count(await service.pools.members(pool), service.clock())
+    else:
+        available, leased = await service.pools.count(pool)
+    waiting = await service.pools.count_waiting(pool)
+    counts = {"available": available, "leased": leased, "waiting": waiting, "reserved": reserved}
+    return {"name": pool.name, "capacity": pool.capacity, **counts}
 
 
 @pool.command("show", epilog="Example: tokenauth pool show licences")
@@ -74,24 +80,31 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str, ful
     the last one. The tokens of a pool with members are ordered by name, and all of them are shown.
     """
 
-    async def list_tokens(service: "Service") -> list[dict[str, Any]]:
+    async def list_tokens(service: "Service") -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
         pool = _find(service, name, config_file)
-        if pool.members:
-            return [_member(pool, token, service.clock()) for token in await service.pools.members(pool)]
-        return [_row(pool, token, service.clock()) for token in await service.pools.list_tokens(pool, utf8(after))]
+        found = await (service.pools.members(pool) if pool.members else service.pools.list_tokens(pool, utf8(after)))
+        rows = [_row(pool, token, service.clock()) for token in found]
+        return await _count(service, pool), rows, not pool.members and len(rows) >= LIMIT
 
-    rows = with_service(config_file, list_tokens)
-    if not as_json:
-        rows = [_flat(row) if full else {**_flat(row), "token": f"{row['token'][:_SHORT]}…"} for row in rows]
-    show(rows, as_json, "tokens", ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until"))
-    if rows and "name" not in rows[0]:
+    counts, rows, continues = with_service(config_file, list_tokens)
+    if as_json:
+        print_json({**counts, "tokens": rows, "next": rows[-1]["token"] if continues else None})
+    else:
+        shown = [_flat(row) if full else {**_flat(row), "token": f"{row['token'][:_SHORT]}…"} for row in rows]
+        show_table(shown, "tokens", ("expiry_time", "leased_at", "lease_expiry_time", "reserved_until"))
+    if continues:
         note_limit(rows, "continue with --after and the last token, which --full shows")
 
 
 def _row(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
-    lease = token.lease(now)
-    expires_at = pool.expires_at(token)
+    """Return a token with its lease. In a pool with members, tokens have a name and do not expire."""
+    lease, expires_at, ends_by = token.lease(now), pool.expires_at(token), pool.lease_ends_by(token)
+    name = token.member if pool.members else None
+    member = None if name is None else pool.members.get(name, Member(name))
+    reservation = pool.reservation(token, now) if member else None
     return {
+        "name": name,
+        "labels": member and list(member.labels),
         "token": token.value,
         "expiry_time": None if expires_at is None else int(expires_at),
         "fence": token.fence,
@@ -99,18 +112,7 @@ def _row(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
         "holder": lease and lease.holder,
         "leased_at": lease and token.leased_at and int(token.leased_at),
         "lease_expiry_time": lease and int(lease.until),
-    }
-
-
-def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
-    """Return a row of a pool with members, whose tokens do not expire."""
-    row = _row(pool, token, now)
-    member = pool.members.get(token.member or "")
-    reservation = pool.reservation(token, now)
-    return {
-        "name": token.member,
-        "labels": [] if member is None else list(member.labels),
-        **{key: row[key] for key in row if key != "expiry_time"},
+        "max_expiry_time": lease and ends_by and int(ends_by),
         "reservation": reservation
         and {
             "until": int(reservation.until),
@@ -118,15 +120,13 @@ def _member(pool: "Pool", token: "PoolToken", now: "Instant") -> dict[str, Any]:
             "for": reservation.username,
             "by": reservation.by or None,
         },
-        "note": "" if member is None else member.note,
+        "note": member and member.note,
     }
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row for a table, which shows one note."""
-    if "reservation" not in row:
-        return row
-    shown = {key: row[key] for key in row if key not in {"reservation", "note"}}
+    """Return a row for a table, which shows one note, and not how long the lease can be kept alive."""
+    shown = {key: row[key] for key in row if key not in {"reservation", "note", "max_expiry_time"}}
     found = row["reservation"] or {}
     reserved = {f"reserved_{key}": found.get(key) for key in ("until", "for", "by")}
     return {**shown, **reserved, "note": found.get("note") or row["note"] or None}
@@ -142,9 +142,9 @@ def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
     At most 1,000. A higher priority comes before a longer wait: one point counts as a minute.
     """
 
-    async def list_line(service: "Service") -> list[dict[str, Any]]:
-        _, found = await service.pools.list_requests(_find(service, name, config_file), LIMIT)
-        return [
+    async def list_line(service: "Service") -> tuple[int, list[dict[str, Any]]]:
+        waiting, found = await service.pools.list_requests(_find(service, name, config_file), LIMIT)
+        return waiting, [
             {
                 "position": position,
                 "user": request.username,
@@ -153,12 +153,16 @@ def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
                 "count": request.count,
                 "priority": request.priority,
                 "labels": [*request.labels],
+                "request": request.id,
             }
             for position, request in enumerate(found, 1)
         ]
 
-    rows = with_service(config_file, list_line)
-    show(rows, as_json, "requests in line", ("since",))
+    waiting, rows = with_service(config_file, list_line)
+    if as_json:
+        print_json({"waiting": waiting, "requests": rows})
+    else:
+        show_table([{**row, "request": None} for row in rows], "requests in line", ("since",))
     note_limit(rows, "later places are not shown")
 
 
@@ -177,7 +181,7 @@ def pool_generate(config_file: str | None, as_json: bool, name: str, count: int)
     )
     record_change("pool_tokens_generated", config_file, pool=name, count=len(values))
     if as_json:
-        print_json(values)
+        print_json({"tokens": values})
     else:
         click.echo("\n".join(values))
 

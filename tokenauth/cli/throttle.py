@@ -12,8 +12,9 @@ from tokenauth.cli.base import (
     config_path,
     json_option,
     load_settings,
+    print_json,
     record_change,
-    show,
+    show_table,
     utf8,
     with_service,
 )
@@ -45,10 +46,10 @@ def throttle_list(config_file: str | None, as_json: bool) -> None:
         {**each._asdict(), "until": math.ceil(each.until)} for each in _find_throttled(config_file)
     ]
     if as_json:
-        show(rows, True, "")
+        print_json({"throttled": rows})
         return
     shown = [{"who": _WHO.get(row.pop("kind"), row["user"]), **row, "user": None} for row in rows]
-    show(shown, False, "throttled logins", ("until",))
+    show_table(shown, "throttled logins", ("until",))
 
 
 _WHO = {"network": "(everyone)", "unknown": "(unknown names)"}

@@ -16,9 +16,10 @@ from tokenauth.cli.base import (
     count,
     json_option,
     note_limit,
+    print_json,
     progress,
     record_change,
-    show,
+    show_table,
     utf8,
     with_service,
     yes_option,
@@ -162,7 +163,7 @@ def tokens_scan(
         return rows
 
     rows = with_service(config_file, scan)
-    if rows or not unreadable:
+    if rows or as_json or not unreadable:
         _show(rows, as_json, "live tokens")
     for problem in unreadable:
         click.echo(f"Error: {printable(problem)}", err=True)
@@ -314,13 +315,15 @@ def _show(rows: list[dict[str, Any]], as_json: bool, what: str) -> None:
     """Print tokens. A table always says what is known of their last use: an operator looks for it after a leak."""
     from tokenauth.user_agents import short_name
 
-    if not as_json:
-        for row in rows:
-            row["user_agent"] = short_name(row["user_agent"])
-            row["last_used_at"] = row["last_used_at"] or "none noted"
-            if row["status"] == "valid":
-                row["status"] = None
-    show(rows, as_json, what, instants=("issued_at", "expiry_time", "last_used_at"))
+    if as_json:
+        print_json({"tokens": rows})
+        return
+    for row in rows:
+        row["user_agent"] = short_name(row["user_agent"])
+        row["last_used_at"] = row["last_used_at"] or "none noted"
+        if row["status"] == "valid":
+            row["status"] = None
+    show_table(rows, what, ("issued_at", "expiry_time", "last_used_at"))
 
 
 async def _find_in(tokens: "Tokens", file: str) -> tuple[dict[str, tuple["Token", str]], list[str]]:

@@ -13,9 +13,10 @@ from tokenauth.cli.base import (
     new_hash,
     options,
     password_option,
+    print_json,
     program,
     record_change,
-    show,
+    show_table,
 )
 from tokenauth.logs import printable
 
@@ -115,10 +116,10 @@ def user_list(config_file: str | None, as_json: bool) -> None:
     """List the users, their scopes and their files."""
     settings = load_settings(config_file)
     rows: list[dict[str, object]] = [
-        {"username": user.username, "scopes": list(user.scopes), "origin": str(user.origin or config_path(config_file))}
+        {"username": user.username, "scopes": list(user.scopes), "file": str(user.origin or config_path(config_file))}
         for user in settings.users_by_name.values()
     ]
-    if not settings.users_file.path:
-        for row in rows:
-            del row["origin"]
-    show(rows, as_json, "users")
+    if as_json:
+        print_json({"users": rows})
+    else:
+        show_table(rows if settings.users_file.path else [{**row, "file": None} for row in rows], "users")
