@@ -1,14 +1,16 @@
 """`tokenauth audit`, and the acts of commands in the audit log."""
 
+import gzip
 import json
 import os
 import pwd
 import re
+import shutil
 import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,8 @@ def test_a_command_works_without_the_audit_log(home: Path) -> None:
     assert "warning  audit log:" in run(home, "doctor").stdout
 
 
+NEXT = 'What to do: docs/production.md, "The audit log has a break"\n'
+REKEYED = "If audit.key was changed, each line that was written with another one is a break.\n"
 UNBOUND = (
     "Not shown: whether lines before the last break were written again, since there is no audit.key."
     " Only lines after it are bound to the .head file.\n"
@@ -219,11 +223,103 @@ def test_verify_says_where_a_line_is_missing(home: Path) -> None:
     file.write_bytes(first + last)
     problem = "line 2 is missing here, or moved: this is line 3"
     done = run(home, "audit", "verify")
-    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 break; 2 lines ok\n{UNBOUND}")
+    assert (done.returncode, done.stdout) == (1, f"{file}, line 2: {problem}\n1 break; 2 lines ok\n{UNBOUND}{NEXT}")
     done = run(home, "audit", "verify", "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["breaks"]) == (1, False, 1)
     assert report["problems"] == [{"problem": problem, "file": str(file), "line": 2}]
+
+
+def _flipped(content: bytes) -> bytes:
+    return b"".join([content[:60], bytes([content[60] ^ 0x10]), content[61:]])
+
+
+def _replace(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "the first line": lambda path: path.write_bytes(b"x\n" + path.read_bytes().partition(b"\n")[2]),
+    "the first two lines": lambda path: path.write_bytes(b"x\nx\n" + path.read_bytes()[-300:].partition(b"\n")[2]),
+    "all lines": lambda path: path.write_bytes(b"x\n" * 3),
+    "cut to a half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut to a few bytes": lambda path: os.truncate(path, 15),
+    "a flipped bit": lambda path: path.write_bytes(_flipped(path.read_bytes())),
+    "bytes at its end": lambda path: path.write_bytes(path.read_bytes() + b"xyz"),
+    "emptied": lambda path: path.write_bytes(b""),
+    "a directory": lambda path: _replace(path, Path.mkdir),
+    "a pipe": lambda path: _replace(path, os.mkfifo),
+    "a link to nowhere": lambda path: _replace(path, lambda link: link.symlink_to("none")),
+}
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an audit log of four files, of which the oldest begins with line 4, as one that was rotated before."""
+    chain = Chain(tmp_path_factory.mktemp("rotated") / "audit.jsonl")
+    for number in (4, 3, 2, 1, 0):
+        for _ in range(3):
+            chain.append([b'{"time":"2026-11-28T06:00:00.000Z","action":"test"}'])
+        if number:
+            chain.path.rename(chain.path.with_name(f"audit.jsonl.{number}"))
+    chain.path.with_name("audit.jsonl.4").unlink()
+    return chain.path
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_a_break(rotated: Path, tmp_path: Path, damage: str, packed: bool) -> None:
+    """Whichever it is, and whatever of it can still be read: `verify` names it. Nothing else is one."""
+    for name in ("audit.jsonl", "audit.jsonl.1", "audit.jsonl.2", "audit.jsonl.3"):
+        home = tmp_path / name
+        shutil.copytree(rotated.parent, home)
+        chain, path = Chain(home / "audit.jsonl"), home / name
+        if packed and path != chain.path:
+            path.with_name(f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+            path = path.with_name(f"{name}.gz")
+        assert (chain.verify().problem, chain.verify().lines) == (None, 12)
+        DAMAGES[damage](path)
+        if path == chain.path and damage in {"emptied", "a link to nowhere"}:
+            assert chain.verify().problem == "the last 3 lines are missing: audit.jsonl.head knows line 15"
+        else:
+            assert path in {each.position.file for each in chain.verify().problems if each.position}
+    write_config(home, f'[audit]\nfile = "{home}/audit.jsonl"\n')
+    done = run(home, "audit", "verify")
+    assert (done.returncode, done.stderr, f"{path}" in done.stdout) == (1, "", True)
+    assert done.stdout.endswith(NEXT)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_tail_shows_what_it_can_read_of_a_damaged_file(rotated: Path, tmp_path: Path, damage: str) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(rotated.parent, home)
+    write_config(home, f'[audit]\nfile = "{home}/audit.jsonl"\n')
+    path = home / "audit.jsonl.2.gz"
+    path.write_bytes(gzip.compress((home / "audit.jsonl.2").read_bytes()))
+    (home / "audit.jsonl.2").unlink()
+    DAMAGES[damage](path)
+    done = run(home, "audit", "tail", "--json")
+    shown = [json.loads(line)["n"] for line in done.stdout.splitlines()]
+    assert [number for number in shown if number not in range(7, 10)] == [4, 5, 6, *range(10, 16)]
+    if damage != "emptied":
+        assert (done.returncode, done.stderr.startswith(f"Warning: acts may be missing here. {path}: ")) == (1, True)
+
+
+def test_tail_reads_a_file_whose_first_lines_are_not_its_own(rotated: Path, tmp_path: Path) -> None:
+    shutil.copytree(rotated.parent, tmp_path, dirs_exist_ok=True)
+    write_config(tmp_path, f'[audit]\nfile = "{tmp_path}/audit.jsonl"\n')
+    DAMAGES["the first two lines"](tmp_path / "audit.jsonl.3")
+    shown = [json.loads(line)["n"] for line in output(run(tmp_path, "audit", "tail", "--json")).splitlines()]
+    assert shown == [*range(6, 16)]
+
+
+def test_an_empty_file_is_no_break_if_no_line_can_be_missing(home: Path) -> None:
+    """Such as one that another program has made while the disk was full."""
+    (home / "audit.jsonl.1").touch()
+    output(run(home, "user", "remove", "ann"))
+    assert output(run(home, "audit", "verify")).startswith("ok: 2 lines, from 1 to 2\n")
 
 
 def test_verify_says_what_it_cannot_find(home: Path) -> None:
@@ -257,10 +353,10 @@ def test_verify_says_which_lines_the_head_does_not_know(home: Path) -> None:
     with (home / "audit.jsonl").open("ab") as file:
         file.write(b"x\n")
     shown = run(home, "audit", "verify").stdout
-    assert shown.endswith(" Only lines after it, up to line 1, are bound to the .head file.\n")
+    assert shown.endswith(f" Only lines after it, up to line 1, are bound to the .head file.\n{REKEYED}{NEXT}")
     head.unlink()
     shown = run(home, "audit", "verify").stdout
-    assert shown.endswith("written again, since there is no audit.key, and no .head file was read.\n")
+    assert shown.endswith(f"written again, since there is no audit.key, and no .head file was read.\n{REKEYED}{NEXT}")
 
 
 def test_verify_writes_large_numbers_in_one_form(home: Path) -> None:
@@ -306,7 +402,7 @@ def test_a_key_is_needed_to_verify(tmp_path: Path) -> None:
     with (tmp_path / "audit.jsonl").open("ab") as file:
         file.write(b"x\n")
     changed = run(tmp_path, "audit", "verify", AUDIT_KEY="k" * 32)
-    assert (changed.returncode, changed.stdout.partition("\n")[2]) == (1, "1 break; 1 line ok\n")
+    assert (changed.returncode, changed.stdout.partition("\n")[2]) == (1, f"1 break; 1 line ok\n{REKEYED}{NEXT}")
 
 
 def test_without_an_audit_log_the_commands_say_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What docs/production.md says for when something happens: its commands, in their order, with what they find."""
 
+import json
 import re
 import shlex
 import shutil
@@ -62,6 +63,7 @@ def _run(server: Server, line: str, words: Mapping[str, str]) -> str:
         line = re.sub(rf"\b{word}\b", replacement, line)
     if line == "sudo systemctl reload tokenauth":
         line = "tokenauth reload"
+    line = line.removeprefix("sudo ")  # these files are the test's own
     if line.startswith("tokenauth "):
         stdin = ["--password-stdin"] if " passwd " in line else []
         done = run(home, *shlex.split(line)[1:], *stdin, stdin="a long password\n")
@@ -169,6 +171,18 @@ def test_what_to_look_at_after_an_outage_finds_nothing(server: Server) -> None:
     answer, healthy = follow(server, "The database restarts")
     assert (answer.strip(), "ready" in healthy) == (ready, True)
     follow(server, "An upgrade")
+
+
+def test_an_audit_log_with_a_break_begins_again(server: Server) -> None:
+    with server.client() as client:
+        log_in(client)
+        file = server.log.parent / "audit.jsonl"
+        wait_for(file, action="login")
+        file.with_name("audit.jsonl.1").write_bytes(b"x\n")
+        found, *_, last = follow(server, "The audit log has a break")
+        assert json.loads(found)["problems"][0]["file"] == f"{file}.1"
+        assert "ok: " in last
+        assert "are not here" in last
 
 
 def test_a_refused_reload_says_why_and_is_repeated(server: Server) -> None:

@@ -15,13 +15,16 @@ import glob
 import gzip
 import hmac
 import os
+import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from io import BufferedReader
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,20 +47,23 @@ LOCK_TIMEOUT = 3.0
 _WINDOW = 64 * 1024
 """Bytes at the end of a file that are first read to find its last line: a record has at most 16 KiB."""
 
-_MAX_LINE = 1 << 20
-"""Bytes of a line that are read to find out whether a file is one of the chain."""
-
 _HEAD_SIZE = 160
 """Bytes of the head file. It never grows, so it can be written when the disk is full."""
 
 _SHOWN = 20
 """Breaks of which a check says where they are. With the wrong key, each line is one."""
 
-_CHANGED = "this line was changed or cut, or tokenauth did not write it"
+CHANGED = "this line was changed or cut, or tokenauth did not write it"
+"""The problem of a line whose own hash is wrong. With another key, each line is one."""
 
 _END_REMOVED = "the line break at the end of this line was removed"
 
 _END_MISSING = "this line has no line break at its end: a crash has lost it, or someone has removed it"
+
+EMPTY = "this file is empty: if it had lines, they were removed"
+"""The problem of a file without lines."""
+
+_NO_FILE = "this is no file: remove it, or give it a name that does not begin with that of the log"
 
 _APPEND = os.O_RDWR | os.O_APPEND
 
@@ -97,10 +103,13 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Position(NamedTuple):
-    """A line of a file, counted from 1."""
+    """A line of a file, counted from 1; 0 is the file as a whole."""
 
     file: Path
-    line: int
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.line else str(self.file)
 
 
 class Break(NamedTuple):
@@ -247,23 +256,33 @@ class Chain:
         return self.path.with_name(f"{self.path.name}.{number}")
 
     def files(self) -> Sequence[Path]:
-        """Return the file and those that it was renamed to, also by other programs, in the order of their lines."""
+        """Return the file and those that it was renamed to, also by other programs, in the order of their lines.
+
+        What has no line that can be read is near the end: no name says where it belongs. The file itself is left out
+        while it has no line yet.
+        """
         others = self.path.parent.glob(f"{glob.escape(self.path.name)}[.-]*")
-        found = sorted((_first_number(path), path) for path in others if path != self.head_path)
-        return [path for number, path in found if number] + ([self.path] if self.path.exists() else [])
+        found = sorted((_first_number(path) or inf, path) for path in others if path != self.head_path)
+        begun = self.path.exists() and not (self.path.is_file() and self.path.stat().st_size == 0)
+        return [path for _, path in found] + ([self.path] if begun else [])
 
     def verify(self, files: Sequence[Path] = ()) -> Verdict:
         """Check files, in this order; without `files` all, and that the line is there that the head knows.
 
-        Raises OSError.
+        Raises OSError if one of `files` cannot be opened. Of all files, each that cannot be read is a break.
         """
         with ExitStack() as stack:
-            head = None
+            head: Head | None = None
+            opened: Sequence[_Opened]
+            unread: list[Break] = []
             if files:
                 opened = [_open_to_read(stack, path) for path in files]
             else:
-                head, opened = self._snapshot(stack)
-            verdict, changed, known = self._verify(_lines(opened), head)
+                head, opened = self._snapshot(stack, unread.append)
+            verdict, changed, known = self._verify(_lines(opened, unread.append), head)
+        if verdict.first == 1:  # no line is missing before the first one, so a file without lines lacks none
+            unread = [one for one in unread if one.problem != EMPTY]
+        verdict = verdict._replace(breaks=verdict.breaks + len(unread), problems=(*unread, *verdict.problems)[:_SHOWN])
         if head is None:
             return verdict._replace(headless=not files)
         verdict = verdict._replace(beyond=max(0, verdict.last - head.n))
@@ -277,15 +296,15 @@ class Chain:
             return verdict.broken(f"line {head.n} is not the one that {self.head_path.name} knows")
         return verdict
 
-    def _snapshot(self, stack: ExitStack) -> tuple[Head | None, list[_Opened]]:
-        """Open all files as they are between two writes."""
+    def _snapshot(self, stack: ExitStack, report: Callable[[Break], None]) -> tuple[Head | None, Sequence[_Opened]]:
+        """Open all files as they are between two writes, and report those that cannot be opened."""
         try:
             head_fd = os.open(self.head_path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return None, [_open_to_read(stack, path) for path in self.files()]
+            return None, _open_all(stack, self.files(), report)
         try:
             _lock(head_fd, fcntl.LOCK_SH)
-            return _read_head(head_fd), [_open_to_read(stack, path) for path in self.files()]
+            return _read_head(head_fd), _open_all(stack, self.files(), report)
         finally:
             os.close(head_fd)
 
@@ -302,7 +321,7 @@ class Chain:
                 if found is not None and _marks_cut(line, broken[1]):
                     verdict = verdict._replace(cut=verdict.cut + 1)
                 else:
-                    verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
+                    verdict, changed = verdict.broken(CHANGED, broken[0]), changed + 1
                 broken = None
             if found is None:
                 broken, right = (position, line), None  # the next line may say that it was cut
@@ -323,7 +342,7 @@ class Chain:
                     lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
                 )
         if broken is not None:
-            verdict, changed = verdict.broken(_CHANGED, broken[0]), changed + 1
+            verdict, changed = verdict.broken(CHANGED, broken[0]), changed + 1
         return verdict, changed, known
 
     def _read(self, line: bytes) -> _Links | None:
@@ -339,10 +358,10 @@ class Chain:
         return hmac.digest(self._key, line, "sha256").hex() if self._key else sha256(line).hexdigest()
 
 
-def read(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, which may be compressed by gzip. Raises OSError."""
+def read(path: Path, report: Callable[[Break], None]) -> Iterator[bytes]:
+    """Yield the lines of a file, which may be compressed by gzip; report why it cannot be read, or not to its end."""
     with ExitStack() as stack:
-        for _, line in _lines([_open_to_read(stack, path)]):
+        for _, line in _lines(_open_all(stack, [path], report), report):
             yield line.removesuffix(b"\n")
 
 
@@ -449,33 +468,51 @@ def _problem(verdict: Verdict, found: _Links) -> str | None:
     return f"{lines} missing here, or moved: this is line {found.n}"
 
 
+def _open_all(stack: ExitStack, paths: Iterable[Path], report: Callable[[Break], None]) -> Sequence[_Opened]:
+    """Open files that were found by their names, and report those for which that is not possible."""
+    opened = []
+    for path in paths:
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                opened.append(_open_to_read(stack, path))
+            else:  # opening a pipe could wait for ever
+                report(Break(_NO_FILE, Position(path)))
+        except OSError as error:
+            report(Break(f"this file cannot be read: {error.strerror}", Position(path)))
+    return opened
+
+
 def _open_to_read(stack: ExitStack, path: Path) -> _Opened:
     """Open a file, which may be compressed by gzip. Of one that grows, only what it has now is read. Raises OSError."""
-    if path.suffix == ".gz":
-        return _Opened(path, stack.enter_context(gzip.open(path, "rb")), float("inf"))
     file = stack.enter_context(path.open("rb"))
-    return _Opened(path, file, os.fstat(file.fileno()).st_size)
+    found = os.fstat(file.fileno())
+    if path.suffix == ".gz":
+        return _Opened(path, stack.enter_context(gzip.open(file)), inf)
+    return _Opened(path, file, found.st_size if stat.S_ISREG(found.st_mode) else inf)
 
 
-def _lines(opened: Iterable[_Opened]) -> Iterator[tuple[Position, bytes]]:
-    """Yield the lines of files, each with its line break. Raises OSError."""
+def _lines(opened: Iterable[_Opened], report: Callable[[Break], None]) -> Iterator[tuple[Position, bytes]]:
+    """Yield the lines of files, each with its line break; report a file that is damaged or empty."""
     for path, file, size in opened:
-        left = size
-        for number, line in enumerate(file, 1):
-            left -= len(line)
-            if left < 0:
-                break
-            yield Position(path, number), line
+        number, left = 0, size
+        try:
+            for number, line in enumerate(file, 1):
+                left -= len(line)
+                if left < 0:
+                    break
+                yield Position(path, number), line
+            if not number:
+                report(Break(EMPTY, Position(path)))
+        except (OSError, EOFError, zlib.error) as error:  # OSError is also a checksum of gzip that is wrong
+            report(Break(f"this file is damaged, and cannot be read beyond its line {number}: {error}", Position(path)))
 
 
 def _first_number(path: Path) -> int:
-    """Return the number of the first line, or of the second if a crash has cut the first one.
+    """Return the number of the first line that has one: a crash may have cut those before it, or someone changed them.
 
-    It is 0 if this is no file of a chain.
+    It is 0 if there is none that can be read.
     """
-    with suppress(OSError, EOFError), ExitStack() as stack:
-        file = _open_to_read(stack, path).file
-        for _ in range(2):
-            with suppress(msgspec.DecodeError, ValueError):
-                return msgspec.json.decode(file.readline(_MAX_LINE), type=_Links).n
+    for line in read(path, lambda _: None):
+        with suppress(msgspec.DecodeError, ValueError):
+            return msgspec.json.decode(line, type=_Links).n
     return 0

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.audit.chain import CUT, read
+from tokenauth.audit.chain import CHANGED, CUT, EMPTY, read
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, utf8
 from tokenauth.errors import ConfigError
 from tokenauth.logs import json_text, printable
 
 if TYPE_CHECKING:
-    from tokenauth.audit.chain import Chain, Verdict
+    from tokenauth.audit.chain import Break, Chain, Verdict
 
 _LINES = 20
 """Acts that are shown if neither --lines nor --since says how many."""
@@ -57,13 +57,15 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
         print_json(_report(verdict, bool(files)))
     elif verdict.problem is not None:
         for problem, position in verdict.problems:
-            where = "" if position is None else f"{position.file}, line {position.line}: "
-            click.echo(printable(f"{where}{problem}"))
+            click.echo(printable(problem if position is None else f"{position}: {problem}"))
         if verdict.breaks > len(verdict.problems):
             click.echo(f"and {count(verdict.breaks - len(verdict.problems), 'more break')}")
         click.echo(f"{count(verdict.breaks, 'break')}; {count(verdict.lines, 'line')} ok")
         if verdict.lines and not verdict.keyed:
             click.echo(_describe_doubt(verdict, bool(files)))
+        if any(problem == CHANGED for problem, _ in verdict.problems):
+            click.echo("If audit.key was changed, each line that was written with another one is a break.")
+        click.echo('What to do: docs/production.md, "The audit log has a break"')
     elif not verdict.lines:
         click.echo("No lines.")
     else:
@@ -77,7 +79,7 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
 
 def _report(verdict: "Verdict", other_files: bool) -> dict[str, object]:
     problems = [
-        {"problem": problem, "file": position and str(position.file), "line": position and position.line}
+        {"problem": problem, "file": position and str(position.file), "line": position and position.line or None}
         for problem, position in verdict.problems
     ]
     return {
@@ -135,7 +137,9 @@ def _describe_doubt(verdict: "Verdict", other_files: bool) -> str:
 @click.option("--since", metavar="DURATION", help="Only the last 2h, 30m, 7d.")
 @click.option("--action", "actions", multiple=True, type=click.Choice(ACTIONS), help="Only this. Repeat for several.")
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are in the file.")
+@click.pass_context
 def audit_tail(
+    context: click.Context,
     config_file: str | None,
     lines: int | None,
     follow: bool,
@@ -146,7 +150,8 @@ def audit_tail(
 ) -> None:
     """Show the last acts, oldest first. Times are in UTC.
 
-    On a terminal, details are in lines of their own; otherwise each act is one line.
+    On a terminal, details are in lines of their own; otherwise each act is one line. Exit with 1 if a file cannot be
+    read, after those that can.
     """
     from tokenauth.settings import durations
 
@@ -159,11 +164,15 @@ def audit_tail(
     wanted = _Filter(None if username is None else utf8(username), oldest, actions)
     chain = _chain(config_file)
     growing = _Growing(chain.path)
-    found = _last(chain, growing, wanted, (None if since else _LINES) if lines is None else lines)
+    found, unread = _last(chain, growing, wanted, (None if since else _LINES) if lines is None else lines)
+    for problem, position in unread:
+        click.echo(printable(f"Warning: acts may be missing here. {position}: {problem}"), err=True)
     if as_json:
         _print_lines(found)
     elif found or not follow:
         click.echo("\n".join(_describe(json.loads(line)) for line in found) or "No acts.")
+    if unread and not follow:
+        context.exit(1)
     while follow:
         time.sleep(_POLL)
         new = [*filter(wanted.matches, growing.new_lines())]
@@ -233,17 +242,26 @@ class _Growing:
             return None
 
 
-def _last(chain: "Chain", growing: _Growing, wanted: _Filter, most: int | None) -> Sequence[bytes]:
-    """Return the last lines that are asked for. Older files are read only if the newer ones do not have enough."""
+def _last(
+    chain: "Chain", growing: _Growing, wanted: _Filter, most: int | None
+) -> tuple[Sequence[bytes], Sequence["Break"]]:
+    """Return the last lines that are asked for, and why files could not be read.
+
+    Older files are read only if the newer ones do not have enough.
+    """
     found = deque(filter(wanted.matches, growing.new_lines()), most)
+    unread: list[Break] = []
     for path in reversed(chain.files()):
         if path == chain.path:
             continue
-        if (most is not None and len(found) >= most) or path.stat().st_mtime < wanted.oldest:
+        if most is not None and len(found) >= most:
             break
-        older = deque(filter(wanted.matches, read(path)), None if most is None else most - len(found))
+        if wanted.oldest and path.exists() and path.stat().st_mtime < wanted.oldest:
+            continue
+        lines = filter(wanted.matches, read(path, unread.append))
+        older = deque(lines, None if most is None else most - len(found))
         found.extendleft(reversed(older))
-    return list(found)
+    return list(found), [one for one in unread if one.problem != EMPTY]
 
 
 def _chain(config_file: str | None, other_files: bool = False) -> "Chain":
