@@ -164,8 +164,20 @@ def test_a_stuck_lease_is_ended_and_its_device_kept(server: Server) -> None:
         assert client.post("/api/pools/phones/leases", json=asked, headers=headers).status_code == 409
 
 
+def test_a_small_pool_shows_who_waits_and_who_has_it(server: Server) -> None:
+    with server.client() as client:
+        for name, asked in (("ann", {"count": 2, "holder": "job 7"}), ("bob", {"wait": 0, "holder": "job 8"})):
+            headers = {"X-Token": log_in(client, name, f"{name}-secret")}
+            assert client.post("/api/pools/phones/leases", json=asked, headers=headers).is_success
+        waits, leased = follow(server, "A pool is too small", {"licences": "phones"})
+        assert ("job 8" in waits, "job 7" in waits) == (True, False)
+        assert ("job 8" in leased, "job 7" in leased) == (False, True)
+
+
 def test_what_to_look_at_after_an_outage_finds_nothing(server: Server) -> None:
     ready = '{"status":"ready"}'
+    checked, answer = follow(server, "Answers are 503")
+    assert ("0 errors" in checked, answer.strip()) == (True, ready)
     _, answer, verified, _ = follow(server, "The disk is full")
     assert (answer.strip(), verified[:3]) == (ready, "ok:")
     answer, healthy = follow(server, "The database restarts")

@@ -281,6 +281,15 @@ def test_alerts_name_only_metrics_that_exist() -> None:
     assert named <= {f"tokenauth_{one.name}" for one in FAMILIES}
 
 
+def test_each_alert_names_the_section_that_says_what_to_do() -> None:
+    alerts = re.split(r"^ +- alert: ", section(METRICS, "## Alerts"), flags=re.MULTILINE)[1:]
+    assert len(alerts) > 5
+    for alert in alerts:
+        found = re.search(r"runbook_url: 'https://wiki\.example\.com/tokenauth/([\w-]+\.md)#([\w-]+)'", alert)
+        assert found, alert
+        assert found[2] in anchors(ROOT / "docs" / found[1]), found[0]
+
+
 def test_each_promise_has_its_section_and_tests() -> None:
     sections = re.split(r"^## (?=\d)", read("docs/promises.md"), flags=re.MULTILINE)[1:]
     assert [int(text.partition(".")[0]) for text in sections] == list(PROMISES)
