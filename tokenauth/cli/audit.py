@@ -79,7 +79,7 @@ def audit_verify(context: click.Context, config_file: str | None, as_json: bool,
 
 def _report(verdict: "Verdict", other_files: bool) -> dict[str, object]:
     problems = [
-        {"problem": problem, "file": position and str(position.file), "line": position and position.line or None}
+        {"problem": problem, "file": position and str(position.file), "line": (position and position.line) or None}
         for problem, position in verdict.problems
     ]
     return {
