@@ -113,10 +113,11 @@ def log_command(event: str, **fields: object) -> Mapping[str, object]:
 
 def operator() -> str:
     """Return the login name of the person who runs this command."""
-    return os.environ.get("SUDO_USER") or _name_of(os.getuid())
+    return os.environ.get("SUDO_USER") or name_of(os.getuid())
 
 
-def _name_of(uid: int) -> str:
+def name_of(uid: int) -> str:
+    """Return the login name of a user of this machine, or the number if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

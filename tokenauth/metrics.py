@@ -61,7 +61,7 @@ FAMILIES = (
     Family("workers", "gauge", (), "Workers that report."),
     Family("workers_configured", "gauge", (), "Workers that the configuration asks for."),
     Family("worker_crashes_total", "counter", (), "Workers that ended by themselves, or hung and were killed."),
-    Family("config_last_reload_successful", "gauge", (), "1 if the last reload was accepted, else 0."),
+    Family("config_last_reload_successful", "gauge", (), "0 if the last reload that was begun was refused, else 1."),
     Family("config_last_reload_success_timestamp_seconds", "gauge", (), "When the configuration in use was loaded."),
     Family("tls_certificate_expiry_timestamp_seconds", "gauge", (), "When the certificate in use expires."),
     Family("build_info", "gauge", ("version",), "The version that runs; the value is always 1."),

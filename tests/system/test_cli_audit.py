@@ -539,6 +539,19 @@ def test_an_ordered_reload_names_the_operator(home: Path) -> None:
         [done] = wait_for(home / "audit.jsonl", action="reload")
     assert (order["by"], order["via"], order["details"]) == (OPERATOR, "command", {"server": server.process.pid})
     assert (done["via"], done["result"], done["details"]["cause"]) == ("server", "ok", "command")
+    assert done["by"] == OPERATOR
+
+
+def test_a_refused_reload_names_the_operator(home: Path) -> None:
+    """The command cannot do that: it finds no audit log in a broken file."""
+    with serve(home / "config.toml") as server:
+        (home / "config.toml").write_text("nonsense")
+        assert run(home, "reload", SUDO_USER="jo-ann").returncode == 1
+        [refused] = wait_for(home / "audit.jsonl", action="reload")
+        server.process.send_signal(signal.SIGHUP)
+        _, without = wait_for(home / "audit.jsonl", 2, action="reload")
+        assert [line.get("by") for line in server.events("reload_refused")] == ["jo-ann", None]
+    assert (refused["by"], refused["result"], "by" in without) == ("jo-ann", "refused", False)
 
 
 def test_the_document_names_each_action() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.journal import until
 from tests.support.skipping import skip_without
 from tokenauth.errors import StartError
 from tokenauth.server import control
@@ -36,6 +37,19 @@ def asking(path: Path) -> Iterator[tuple[Control, Command, socket.socket]]:
         command.answer(LONG)
         assert not command.closed, "the socket takes a part at a time"
         yield server, command, connection
+
+
+@pytest.mark.parametrize("name", ["ann", "ann-lee", "\u4e00" * 200])
+def test_a_server_knows_who_runs_a_command(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("SUDO_USER", name)
+    with closing(Control(path)) as server, ThreadPoolExecutor() as threads:
+        asked = threads.submit(control.ask_for_reload, path)
+        (command,) = until(server.accept, "the command has arrived")
+        command.answer(ReloadAnswer(True, "", {}))
+        assert asked.result()[os.getpid()].accepted
+    assert command.by
+    assert name.startswith(command.by.rstrip("\ufffd"))
+    assert command.by == name or len(name) == 200
 
 
 def test_an_answer_beyond_the_buffer_is_sent_whole(path: Path) -> None:

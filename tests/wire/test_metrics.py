@@ -1,5 +1,6 @@
 """Metrics of `tokenauth serve` with two workers, over sockets."""
 
+import fcntl
 import json
 import os
 import re
@@ -221,6 +222,27 @@ def test_a_refused_reload_shows_until_one_is_accepted(tmp_path: Path) -> None:
         scraper.wait(1, "config_last_reload_successful")
         assert started < loaded_at() <= time.time()
         assert scraper.value("tls_certificate_expiry_timestamp_seconds") is None
+
+
+def test_a_refused_reload_counts_beside_an_earlier_one(tmp_path: Path) -> None:
+    """Also if the earlier one, which is accepted, ends after it."""
+    config = write_config(tmp_path, SETTINGS)
+    with metered(config) as (server, scraper):
+        right, serving = config.read_text(), set(workers_of(server))
+        with (tmp_path / "tokenauth.db-lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # new workers wait for it
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: set(workers_of(server)) - serving, "the workers of the reload have started")
+            config.write_text("nonsense")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait("reload_refused")
+            assert server.events("reloaded") == []
+        server.wait("reloaded")
+        assert scraper.value("config_last_reload_successful") == 0
+        config.write_text(right)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: len(server.events("reloaded")) == 2, "the last one is accepted")
+        assert scraper.value("config_last_reload_successful") == 1
 
 
 def test_a_changed_address_needs_a_restart(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from tokenauth import logs
 from tokenauth.errors import ConfigError, StartError
 from tokenauth.models import Throttled
 
@@ -30,6 +31,12 @@ _ANSWER_TIME = 150.0
 
 _CONNECT_TIME = 3.0
 """Seconds in which a server must take a connection: a program of another user can listen under its name."""
+
+_COMMAND = "tokenauth-command-"
+"""How the addresses of commands begin."""
+
+_MAX_ADDRESS = 100
+"""Bytes of an address; the kernel allows 108."""
 
 _MAX_WAITING = 16
 """Commands that can wait for the same answer."""
@@ -74,8 +81,10 @@ class Peer(NamedTuple):
 class Command:
     """A command that waits for an answer."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, by: str) -> None:
+        """Answer on this connection. by: the operator's login name."""
         connection.setblocking(False)
+        self.by = by
         self._connection = connection
         self._unsent = memoryview(b"")
         self.closed = False
@@ -130,9 +139,10 @@ class Control:
         accepted: list[Command] = []
         with suppress(BlockingIOError, ConnectionError):  # none is left, or it has gone
             for _ in range(_MAX_WAITING):
-                connection, _ = self._listener.accept()
-                if Peer.of(connection).uid in {0, os.geteuid()} and len(self._commands) < _MAX_WAITING:
-                    accepted.append(Command(connection))
+                connection, address = self._listener.accept()
+                uid = Peer.of(connection).uid
+                if uid in {0, os.geteuid()} and len(self._commands) < _MAX_WAITING:
+                    accepted.append(Command(connection, _operator(address) or logs.name_of(uid)))
                     self._commands.append(accepted[-1])
                 else:
                     connection.close()
@@ -204,6 +214,8 @@ def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
     """Note the answer of a server under its process ID, if it is ours. Return False if its queue is full for now."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_ANSWER_TIME)
+        with suppress(OSError):  # then the server knows only as which user this runs
+            connection.bind(_address(name))
         try:
             connection.connect(f"\0{name}")
             peer = Peer.of(connection)
@@ -216,6 +228,20 @@ def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
         except TimeoutError:
             raise StartError(f"The server has not answered within {_ANSWER_TIME:.0f} seconds.") from None
     return True
+
+
+def _address(server: str) -> bytes:
+    """Return an address for the end of the command. It tells the server who runs it, before anything is sent."""
+    unique = f"\0{_COMMAND}{os.getpid()}-{server.rpartition('-')[2]}-"
+    return f"{unique}{logs.operator()}".encode(errors="surrogateescape")[:_MAX_ADDRESS]
+
+
+def _operator(address: bytes | str) -> str:
+    """Return who runs the command at this address, or ""."""
+    text = address.decode(errors="replace") if isinstance(address, bytes) else address
+    if not text.startswith(f"\0{_COMMAND}"):
+        return ""
+    return text.removeprefix(f"\0{_COMMAND}").split("-", 2)[-1]
 
 
 def _receive(connection: socket.socket) -> bytes:

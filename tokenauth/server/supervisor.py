@@ -279,6 +279,8 @@ class _Reload:
         self.commands = commands
         self.slots = [_Slot() for _ in range(self.settings.server.workers)]
         self.heartbeats = 0
+        self.overtaken = False
+        """Whether a later reload was refused meanwhile."""
 
 
 class Supervisor:
@@ -755,11 +757,13 @@ class Supervisor:
 
     def _refuse(self, cause: str, detail: str) -> None:
         """Log why the configuration could not be read, and say it to the commands that asked for that."""
-        log.error("reload_refused", cause=cause, detail=detail)
+        commands, self._commands = self._commands, ()
+        log.error("reload_refused", cause=cause, detail=detail, **_by(commands))
         self._totals.note_reload(accepted=False)
         if self._reload is None:
             self._manager.ready()
-        commands, self._commands = self._commands, ()
+        else:
+            self._reload.overtaken = True
         _answer(commands, ReloadAnswer(False, detail, {}))
 
     def _send_users(self, settings: Settings) -> None:
@@ -784,7 +788,7 @@ class Supervisor:
         assert reload is not None
         self._drop_reload()
         self._send_users(self._settings)
-        log.error("reload_refused", cause=reload.cause, detail=reason, **reload.changes)
+        log.error("reload_refused", cause=reload.cause, detail=reason, **_by(reload.commands), **reload.changes)
         self._totals.note_reload(accepted=False)
         self._manager.ready()
         _answer(reload.commands, ReloadAnswer(False, reason, reload.changes))
@@ -827,10 +831,11 @@ class Supervisor:
         if busy and not self._stopping and time.monotonic() < self._replace_deadline:
             return
         self._replacing = None
-        self._totals.note_reload(accepted=True)
+        self._totals.note_reload(accepted=True, last=not reload.overtaken)
         log.info(
             "reloaded",
             cause=reload.cause,
+            **_by(reload.commands),
             users=len(reload.settings.users_by_name),
             pools=len(reload.settings.pools),
             workers=len(reload.slots),
@@ -894,6 +899,12 @@ class Supervisor:
             log.warning("workers_killed", count=len(killed), reason=reason)
             if self._stopping:  # not for a worker that was replaced long before
                 self._exit_code = self._exit_code or 1
+
+
+def _by(commands: Iterable[Command]) -> Mapping[str, str]:
+    """Return who ordered a reload, as a field of its event, if commands did."""
+    names = dict.fromkeys(command.by for command in commands)
+    return {"by": ", ".join(names)} if names else {}
 
 
 def _answer(commands: Iterable[Command], answer: ReloadAnswer | Sequence[Throttled]) -> None:

@@ -81,9 +81,10 @@ class Totals:
                 add(self._ended, last.snapshot.counts)
                 self._throttled = longest_waits([*self._throttled, *last.snapshot.throttled])
 
-    def note_reload(self, accepted: bool) -> None:
-        """Note that a reload was accepted or refused."""
-        self._reload_accepted = accepted
+    def note_reload(self, accepted: bool, last: bool = True) -> None:
+        """Note that a reload was accepted or refused. last: none was begun after it."""
+        if last:
+            self._reload_accepted = accepted
         if accepted:
             self._loaded_at = time.time()
 
