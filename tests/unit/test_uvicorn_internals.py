@@ -40,9 +40,8 @@ BASES: dict[str, type] = {
 OWNERS: dict[str, type] = {
     "self.cycle": RequestResponseCycle,
     "cycle": RequestResponseCycle,
-    "one.cycle": RequestResponseCycle,
     "RequestResponseCycle": RequestResponseCycle,
-    "one": HttpToolsProtocol,
+    "protocol": HttpToolsProtocol,
     "self.flow": FlowControl,
     "self.server_state": ServerState,
     "self._state": ServerState,

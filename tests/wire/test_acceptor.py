@@ -6,7 +6,9 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+import ssl
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +16,10 @@ from typing import Any, cast
 import pytest
 from uvicorn.server import ServerState
 
+from tests.support.certificates import make_certificate
 from tests.support.journal import until
-from tests.support.servers import TOKENAUTH, Server, spawn, worker, write_config
+from tests.support.main_process import workers_of
+from tests.support.servers import TOKENAUTH, Server, serve, spawn, worker, write_config
 from tokenauth.server.acceptor import OPEN_PER_ACCEPT, Acceptor
 from tokenauth.server.listener import stop_handshakes
 
@@ -167,3 +171,45 @@ def waiting(server: Server, processes: list[int]) -> Iterator[list[socket.socket
 def answers(clients: list[socket.socket]) -> list[int]:
     """Read the status of each client's response; 0 if there is none."""
     return [int(client.recv(65536)[9:12] or 0) for client in clients]
+
+
+def send_plainly(client: socket.socket, request: bytes, process: int) -> None:
+    """Send a request to a worker that is held by SIGSTOP."""
+    os.kill(process, signal.SIGSTOP)
+    client.sendall(request)
+
+
+def send_over_tls(client: socket.socket, request: bytes, process: int) -> None:
+    """Send a request together with the end of the handshake, to a worker that is held by SIGSTOP."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    secure = context.wrap_bio(incoming, outgoing)
+    ended = False
+    while not ended:
+        try:
+            secure.do_handshake()
+            ended = True
+        except ssl.SSLWantReadError:
+            client.sendall(outgoing.read())
+            incoming.write(client.recv(65536))
+    secure.write(request)
+    send_plainly(client, outgoing.read(), process)
+
+
+@pytest.mark.parametrize("send", [send_plainly, send_over_tls])
+def test_a_client_that_resets_at_once_has_an_address(
+    tmp_path: Path, send: Callable[[socket.socket, bytes, int], None]
+) -> None:
+    """The kernel no longer knows it when the request is read. So a proxy that resets counts as trusted, too."""
+    tables = '[server]\naccess_log = true\nworkers = 1\ntrusted_proxies = ["127.0.0.2"]\n'
+    if send is send_over_tls:
+        tables += make_certificate(tmp_path).settings()
+    with serve(write_config(tmp_path, tables)) as server:
+        (process,) = workers_of(server)
+        for address, expected in {"127.0.0.1": "127.0.0.1", "127.0.0.2": "203.0.113.7"}.items():
+            with socket.create_connection(("127.0.0.1", server.port), 30, (address, 0)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                send(client, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n", process)
+            os.kill(process, signal.SIGCONT)
+            server.wait("request", client=expected)

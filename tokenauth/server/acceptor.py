@@ -135,7 +135,7 @@ class Acceptor:
                 self._pause()
                 return False
         try:
-            connection, _ = self._listener.accept()
+            connection, address = self._listener.accept()
         except BlockingIOError:
             return False
         except OSError as error:
@@ -147,6 +147,8 @@ class Acceptor:
         short = file_descriptors.in_reserve(connection.fileno())
         self._log_shortage(short)
         protocol = self._protocol(self._closing_state if short else self._state)
+        if connection.family != socket.AF_UNIX:
+            protocol.client = address[:2]
         if short:
             if oldest is not None:
                 self._end(oldest)

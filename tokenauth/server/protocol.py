@@ -260,7 +260,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         wrapped = LingeringTransport(transport, self.loop)
+        accepted = self.client
         super().connection_made(cast(asyncio.Transport, wrapped))
+        self.client = accepted or self.client  # after a reset, only `accept` knew it
         self.flow = _Flow(cast(asyncio.Transport, wrapped))
         self._rules = self.app_state.get(REFUSAL_RULES, RefusalRules())
         self._head_limit = HeadLimit(MAX_HEAD)
