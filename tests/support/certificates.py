@@ -16,10 +16,10 @@ class Certificate(NamedTuple):
         return f'tls_certificate = "{self.certificate}"\ntls_key = "{self.key}"\n'
 
 
-def make_certificate(directory: Path, name: str = "one", *extensions: str) -> Certificate:
+def make_certificate(directory: Path, name: str = "one", *extensions: str, curve: str = "prime256v1") -> Certificate:
     """Make a certificate for 127.0.0.1 whose organization is `name`, valid for 30 days."""
     made = Certificate(directory / f"{name}.pem", directory / f"{name}.key")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", f"ec_paramgen_curve:{curve}", "-nodes"]
     command += ["-subj", f"/O={name}", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-days", "30"]
     for extension in extensions:
         command += ["-addext", extension]

@@ -280,6 +280,21 @@ def test_queued_connections_are_answered_at_a_stop(tmp_path: Path, one: Certific
         assert server.process.wait(60) == 0
 
 
+def test_a_renewal_with_which_no_client_connects_is_refused(tmp_path: Path, one: Certificate) -> None:
+    """A program that adds each renewal to the file, in place of replacing it, ends there."""
+    shown = Certificate(tmp_path / "tls.pem", tmp_path / "tls.key")
+    copy(one, shown)
+    with secured(tmp_path, shown) as server:
+        shown.certificate.write_bytes(one.certificate.read_bytes() * 302)
+        server.process.send_signal(signal.SIGHUP)
+        refused = server.wait("reload_refused")
+        assert (
+            f"server.tls_certificate: {shown.certificate} has 302 certificates, which is too large" in refused["detail"]
+        )
+        with connect(server, trusting(one.certificate)) as connection:
+            assert ask(connection) == 200
+
+
 def mistake(certificate: Certificate) -> str:
     with pytest.raises(ConfigError) as refusal:
         tls.read(ServerSettings(tls_certificate=str(certificate.certificate), tls_key=str(certificate.key)))
@@ -298,6 +313,9 @@ def test_each_broken_pair_is_named(tmp_path: Path, one: Certificate) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(pem.read_bytes()[:200] + b"\n-----END CERTIFICATE-----\n")
     assert "cannot be used: " in mistake(Certificate(broken, key))
+    unusual = make_certificate(tmp_path, "unusual", curve="secp224r1")
+    assert "no client can connect with " in mistake(unusual)
+    assert "renew both, with an RSA key" in mistake(unusual)
     locked = tmp_path / "locked"
     command = ["openssl", "pkey", "-in", str(key), "-aes256", "-passout", "pass:hunter2", "-out", str(locked)]
     subprocess.run(command, check=True, capture_output=True)

@@ -38,7 +38,10 @@ class KeyPair:
 
 
 def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | None:
-    """Read the certificate and the key, and check that they belong together. None without TLS. Raises ConfigError."""
+    """Read the certificate and the key, and check that clients can connect with them. None without TLS.
+
+    Expired certificates, and those for other names, pass: that is for clients to decide. Raises ConfigError.
+    """
     if not settings.tls_certificate:
         return None
     if files is not None:
@@ -53,18 +56,34 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
     if b"ENCRYPTED" in pair.key:
         fix = "store it without a passphrase, readable for the service only"
         raise ConfigError(f"server.tls_key: {settings.tls_key} is encrypted; {fix}")
+    what = f"{settings.tls_certificate} and {settings.tls_key}"
     try:
-        create_context(pair)
+        context = create_context(pair)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             problem = f"{settings.tls_key} does not belong to the certificate in {settings.tls_certificate}"
             raise ConfigError(f"server.tls_key: {problem}; renew both") from None
-        reason = (error.reason or "broken").replace("_", " ").lower()
-        what = f"{settings.tls_certificate} and {settings.tls_key}"
-        raise ConfigError(f"server.tls_certificate: {what} cannot be used: {reason}") from None
+        raise ConfigError(f"server.tls_certificate: {what} cannot be used: {_reason(error)}") from None
     except OSError as error:  # no descriptor is left
         raise ConfigError(f"server.tls_certificate: it cannot be tried: {error.strerror}") from None
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    try:
+        _handshake(context, client)
+    except ssl.SSLError as error:
+        if error.reason == "EXCESSIVE_MESSAGE_SIZE":
+            count = len(_CERTIFICATE.findall(pair.certificate))
+            problem = f"{settings.tls_certificate} has {count:,} certificates, which is too large for clients"
+            fix = "leave only the certificate of this service and those of its issuers"
+        else:
+            problem = f"no client can connect with {what}: {_reason(error)}"
+            fix = "renew both, with an RSA key or an elliptic one (P-256)"
+        raise ConfigError(f"server.tls_certificate: {problem}; {fix}") from None
     return pair
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "broken").replace("_", " ").lower()
 
 
 def _read(key: str, path: str) -> bytes:
