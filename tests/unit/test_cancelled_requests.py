@@ -64,6 +64,12 @@ class Scene:
 
         writer.apply = noted
 
+    async def wait_for_write(self, act: asyncio.Future[Any]) -> None:
+        """Wait until a change waits to be written. Fail if the act ends without one."""
+        act.add_done_callback(lambda _: self.written.set())
+        await self.written.wait()
+        assert not act.done(), f"the act has ended without a write: {act}"
+
     async def log_in(self) -> IssuedToken:
         return await self.service.tokens.grant(self.service.users["ann"], HERE, "", never_disconnected)
 
@@ -113,7 +119,7 @@ async def events(act: Act, directory: Path, clock: HandClock, cancelled: bool) -
             await scene.begin()
             logs = stack.enter_context(structlog.testing.capture_logs())
             task = asyncio.ensure_future(act(scene))
-            await scene.written.wait()
+            await scene.wait_for_write(task)
             if cancelled:
                 task.cancel()
             with suppress(asyncio.CancelledError):
@@ -138,7 +144,7 @@ async def test_logins_that_a_cancelled_one_ended_are_logged(tmp_path: Path, hand
         await scene.begin()
         with structlog.testing.capture_logs() as logs:
             first, *others = [asyncio.ensure_future(scene.log_in()) for _ in range(3)]
-            await scene.written.wait()
+            await scene.wait_for_write(first)
             first.cancel()
             newest = [login.token.id for login in await asyncio.gather(*others)]
         issued = [event["id"] for event in logs if event["event"] == "token_issued"]
@@ -153,7 +159,7 @@ async def test_a_cancelled_log_out_everywhere_says_how_many(tmp_path: Path, hand
         await scene.begin()
         with structlog.testing.capture_logs() as logs:
             task = asyncio.ensure_future(service.tokens.revoke_all("ann", kind="login"))
-            await scene.written.wait()
+            await scene.wait_for_write(task)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
