@@ -79,9 +79,11 @@ class Connection:
         self._socket.close()
 
     def ask(self, method: str, target: str, document: object = None, **headers: str) -> Answer:
-        """Send a request and read its answer. Raises Closed or NoAnswer."""
+        """Send a request and read its answer. A GET has no body, as usual. Raises Closed or NoAnswer."""
         body = b"" if document is None else msgspec.json.encode(document)
-        lines = [f"{method} {target} HTTP/1.1", "Host: test", f"Content-Length: {len(body)}"]
+        lines = [f"{method} {target} HTTP/1.1", "Host: test"]
+        if method != "GET" or body:
+            lines.append(f"Content-Length: {len(body)}")
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         return self.send("\r\n".join([*lines, "", ""]).encode() + body)
 

@@ -8,7 +8,6 @@ import ast
 import importlib
 import inspect
 import tomllib
-from collections.abc import Callable
 from functools import cache
 
 import httptools
@@ -20,7 +19,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from tests.support.servers import ROOT
-from tokenauth.server.metered_protocol import MeteredProtocol
 
 RELEASE = f"uvicorn {uvicorn.__version__}, httptools {httptools.__version__}"
 
@@ -57,7 +55,7 @@ OWNERS: dict[str, type] = {
 ADDED = {
     "cut_off",
     *("failure", "follow", "drain"),  # of a worker's server and its lifespan
-    "idle",  # of the protocol
+    *("idle", "answer_at_once"),  # of the protocol and its answers
     *("held", "hold", "release"),  # of the flow control
     *("on_chunk_header", "on_chunk_complete"),  # callbacks of httptools that uvicorn does not use
 }
@@ -168,15 +166,3 @@ def test_the_wheel_bounds_uvicorn_above() -> None:
     (requirement,) = (one for one in map(Requirement, dependencies) if one.name == "uvicorn")
     assert uvicorn.__version__ in requirement.specifier
     assert [one.operator for one in requirement.specifier if one.operator.startswith("<")] == ["<"]
-
-
-def test_a_measured_request_is_started_as_by_uvicorn() -> None:
-    theirs = _lines(HttpToolsProtocol._start_asgi_task)
-    wanted = ["task = self.loop.create_task(cycle.run_asgi(app))"]
-    wanted += ["task.add_done_callback(self.tasks.discard)", "self.tasks.add(task)"]
-    assert theirs[-3:] == wanted, RELEASE
-    assert [line for line in _lines(MeteredProtocol._start_asgi_task) if "task" in line][1:] == wanted
-
-
-def _lines(function: Callable[..., object]) -> list[str]:
-    return [line.strip() for line in inspect.getsource(function).strip().split("\n")]

@@ -34,11 +34,8 @@ class MeteredProtocol(BoundedProtocol):
         self._by_route = self._durations.by_route
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Do what uvicorn does. To call that would cost as much as all the rest here."""
         self._answered = cycle.scope  # type: ignore[assignment]
-        task = self.loop.create_task(cycle.run_asgi(app))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        super()._start_asgi_task(cycle, app)
         self._began = perf_counter()
 
     def on_response_complete(self) -> None:

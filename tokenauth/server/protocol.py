@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 import httptools
 from httptools import HttpParserError, HttpParserUpgrade
 from httptools.parser.url_parser import URL
-from uvicorn._types import ASGISendEvent
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -26,7 +27,7 @@ from tokenauth.errors import Stopping
 from tokenauth.server.head_limit import HeadLimit
 from tokenauth.server.transport import LingeringTransport
 from tokenauth.web import urlencoding
-from tokenauth.web.asgi_extensions import CLIENT, REFUSAL_RULES, RefusalRules, RenderedHeaders
+from tokenauth.web.asgi_extensions import AT_ONCE, CLIENT, REFUSAL_RULES, AtOnce, RefusalRules, RenderedHeaders
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line with its headers, of a chunk's head, and of trailers. More are answered 431."""
@@ -143,6 +144,10 @@ async def _sent() -> None:
     """Return what `send` returns when all is sent."""
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class _Cycle(RequestResponseCycle):
     """A request without a body, and its answer."""
 
@@ -191,6 +196,25 @@ class _Cycle(RequestResponseCycle):
                 return _sent()
         sent: Coroutine[Any, Any, None] = _send(self, message)
         return sent
+
+    def answer_at_once(self, find: AtOnce) -> bool:
+        """Send what is found, if it can be sent now. Return False if the application must be called."""
+        lines = _render(tuple(self.default_headers))
+        if lines is None or not self.keep_alive or self.disconnected or self.flow.write_paused:
+            return False
+        try:
+            found = find(cast(Scope, self.scope))
+        except Exception:  # the application will meet it again, and report it
+            return False
+        if found is None:
+            return False
+        headers, body = found
+        self.transport.write(b"%b%b%b\r\n%b" % (_STATUS_LINES[200], lines, headers, body))
+        self.response_started = self.response_complete = True
+        self.message_event.set()
+        self.on_response()
+        self.on_response = _nothing  # it refers to the protocol, which refers to this
+        return True
 
 
 class _CycleWithBody(_Cycle):
@@ -265,6 +289,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.client = accepted or self.client  # after a reset, only `accept` knew it
         self.flow = _Flow(cast(asyncio.Transport, wrapped))
         self._rules = self.app_state.get(REFUSAL_RULES, RefusalRules())
+        self._at_once = self.app_state.get(AT_ONCE, {})
         self._head_limit = HeadLimit(MAX_HEAD)
         self._client = {"gone": False, "stopping": False, "transport": wrapped}
         self._extensions = {CLIENT: self._client}
@@ -603,6 +628,19 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     # Answers
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Answer in the next iteration of the event loop: at once, if the application can, or else in a task."""
+        found = self._at_once.get(cycle.scope["path"])
+        if found is not None and type(cycle) is _Cycle and cycle.scope["method"] == "GET":
+            cycle.scope["route"], find = found  # type: ignore[typeddict-unknown-key]
+            self.loop.call_soon(self._answer_at_once, find, cycle, app)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _answer_at_once(self, find: AtOnce, cycle: _Cycle, app: ASGI3Application) -> None:
+        if not cycle.answer_at_once(find):
+            super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Start the next request, or wait for one."""

@@ -20,11 +20,11 @@ from tokenauth.settings.dialects import DIALECTS
 from tokenauth.settings.model import Settings
 from tokenauth.sweeper import Sweeper
 from tokenauth.web.access_log import AccessLog
-from tokenauth.web.asgi_extensions import DURATIONS, LOGGED_ONCE, REFUSAL_RULES, RefusalRules
+from tokenauth.web.asgi_extensions import AT_ONCE, DURATIONS, LOGGED_ONCE, REFUSAL_RULES, AtOnce, RefusalRules
 from tokenauth.web.browser_auth import BrowserAuth
 from tokenauth.web.console_guard import ConsoleGuard
 from tokenauth.web.cookies import Cookies
-from tokenauth.web.cors import CORS
+from tokenauth.web.cors import CORS, answer_with_cors
 from tokenauth.web.csrf import CsrfMiddleware, Hosts
 from tokenauth.web.dialects.serving import dialect_routes
 from tokenauth.web.error_handling import ErrorMiddleware, not_found
@@ -49,11 +49,19 @@ from tokenauth.web.routes.status import StatusRoutes
 from tokenauth.web.routes.throttle import ThrottleRoutes
 from tokenauth.web.routes.token import PATH as TOKEN
 from tokenauth.web.routes.token import TokenRoutes
-from tokenauth.web.routing import Handler, Route, refuse_collisions
+from tokenauth.web.routing import Endpoint, Handler, Route, refuse_collisions
 from tokenauth.web.validation_counting import counted
 
 GC_THRESHOLD = 20_000
 """New objects after which Python searches for cycles. With its default of 700, leases take 5 % more CPU time."""
+
+
+_WITHOUT_CORS = frozenset({FORWARD_AUTH, MODULE, TYPES, CONSOLE, *PAGES})
+"""Paths that CORS does not concern.
+
+A preflight at /auth needs a token like any request: it is meant for the application behind the proxy. Pages of other
+origins may read the JavaScript module, and never read the pages for people.
+"""
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -70,7 +78,7 @@ def build_app(service: Service) -> ASGIApp:
         routes=routes,
         redirect_slashes=False,
         default=not_found,
-        lifespan=partial(_lifespan, service),
+        lifespan=partial(_lifespan, service, _find_at_once(service.settings, routes)),
         middleware=[
             *_find_middleware(service.settings, routes),
             Middleware(RouteIndex, routes),
@@ -87,10 +95,22 @@ def _find_middleware(config: Settings, routes: Sequence[Route]) -> Iterator[Midd
     if server.access_log:
         yield Middleware(AccessLog, routes)
     if server.cors_origins:
-        # A preflight at /auth needs a token like any request: it is meant for the application behind the proxy.
-        # Pages of other origins may read the JavaScript module, and never read the pages for people.
         headers = list(chain.from_iterable(DIALECTS[name].request_headers for name in config.dialects))
-        yield Middleware(CORS, server.cors_origins, headers, exempt={FORWARD_AUTH, MODULE, TYPES, CONSOLE, *PAGES})
+        yield Middleware(CORS, server.cors_origins, headers, exempt=_WITHOUT_CORS)
+
+
+def _find_at_once(config: Settings, routes: Sequence[Route]) -> Mapping[str, tuple[Route, AtOnce]]:
+    """Return what the server may ask before it calls the application: nothing, if each request is logged.
+
+    ProxyHeaders changes only what these answers do not depend on.
+    """
+    found: dict[str, tuple[Route, AtOnce]] = {}
+    for route in routes:
+        endpoint = route.handlers.get("GET")
+        if isinstance(endpoint, Endpoint) and not config.server.access_log:
+            has_cors = config.server.cors_origins and route.path not in _WITHOUT_CORS
+            found[route.path] = route, answer_with_cors(endpoint.at_once) if has_cors else endpoint.at_once
+    return found
 
 
 def find_routes(service: Service) -> list[Route]:
@@ -141,11 +161,13 @@ def _create_pages(service: Service) -> tuple[BrowserAuth | None, Sequence[Route]
 
 
 @asynccontextmanager
-async def _lifespan(service: Service, app: None) -> AsyncIterator[Mapping[str, object]]:
-    """Run the service and its sweeper. The state has the refusal rules for the HTTP server, and what is logged once."""
+async def _lifespan(
+    service: Service, at_once: Mapping[str, tuple[Route, AtOnce]], app: None
+) -> AsyncIterator[Mapping[str, object]]:
+    """Run the service and its sweeper. The state has what the HTTP server must know, and what is logged once."""
     with auditing(service.audit):
         async with _serving(service) as state:
-            yield state
+            yield {**state, AT_ONCE: at_once}
     log.info("stopped")
 
 

@@ -1,8 +1,10 @@
 """What the application and its HTTP server agree on beyond ASGI. Each of them also works without the other."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Self
+
+from starlette.types import Scope
 
 _NAME, _VALUE = re.compile(rb"[a-z0-9-]+"), re.compile(rb"[ -~]*")
 _INTERPRETED = frozenset({b"connection", b"content-length", b"transfer-encoding"})
@@ -45,6 +47,21 @@ def logged_once(scope: Mapping[str, Any]) -> set[str]:
     """Return the events that this application logs only once, and has logged. The caller adds to them."""
     found: set[str] = scope.get("state", {}).get(LOGGED_ONCE, set())
     return found
+
+
+AT_ONCE = "tokenauth.at_once"
+"""The key of the lifespan state under which the application passes what it can answer without a task.
+
+It has, by path, a route, which the server puts into the scope, and its AtOnce.
+"""
+
+
+AtOnce = Callable[[Scope], tuple[bytes, bytes] | None]
+"""Returns an answer with status 200: the lines of its headers, with the Content-Length, and its body.
+
+The server asks it before it calls the application with a GET request without a body. If it returns None or raises an
+exception, the application is called. So no task is made for the answer, which would be a sixth of its time.
+"""
 
 
 class RefusalRules(NamedTuple):

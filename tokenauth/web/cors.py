@@ -7,6 +7,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tokenauth.web.asgi_extensions import AtOnce
+
 
 class CORS(CORSMiddleware):
     """Starlette's CORSMiddleware, for all but some paths."""
@@ -35,3 +37,13 @@ class CORS(CORSMiddleware):
             "no-store"  # browsers keep preflights for Access-Control-Max-Age all the same
         )
         return response
+
+
+def answer_with_cors(at_once: AtOnce) -> AtOnce:
+    """Answer at once as CORS would: only a request that no page of another origin sends."""
+
+    def answer(scope: Scope) -> tuple[bytes, bytes] | None:
+        found = None if any(name == b"origin" for name, _ in scope["headers"]) else at_once(scope)
+        return found and (found[0] + b"vary: Origin\r\n", found[1])
+
+    return answer
