@@ -73,6 +73,13 @@ def find_risks(config: Settings, passwords: Passwords, path: Path | None = None)
             " server.tls_certificate if there is none"
         )
         risks.append(Risk("no_trusted_proxy", text))
+    if not (config.server.loopback or secured):
+        text = (
+            f"server.host: clients send passwords and tokens to {config.server.host!r} over plain http, where others on"
+            " the way can read them; set server.tls_certificate, or if a proxy receives https, list it in"
+            " server.trusted_proxies"
+        )
+        risks.append(Risk("no_tls", text))
     return [*risks, *_dialect_risks(config), *_file_risks(config, path)]
 
 

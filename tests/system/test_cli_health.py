@@ -19,7 +19,7 @@ from tests.system.test_cli import mistake, output, run, script
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
     home = tmp_path_factory.mktemp("health")
     port = free_port()
-    with serve(write_config(home, f'[server]\nhost = "0.0.0.0"\nport = {port}\naccept_risks = ["weak_hash"]'),
+    with serve(write_config(home, f'[server]\nhost = "0.0.0.0"\nport = {port}\naccept_risks = ["weak_hash", "no_tls"]'),
                "--port", str(port)) as server:  # fmt: skip
         yield home, server
 

@@ -73,12 +73,13 @@ def test_a_risk_is_only_a_warning_on_a_loopback_address(passwords: Passwords, pa
     check_accepted(local, risks)
     log_and_check(local, risks)
     for host in ("0.0.0.0", "::", "192.168.1.4", "example.com", "127.0.0.1.example.com", "0"):
-        public = configured(f'host = "{host}"', password)
+        secured = f'host = "{host}"\ntls_certificate = "/c"\ntls_key = "/k"'
+        public = configured(secured, password)
         with pytest.raises(ConfigError) as refusal:
             log_and_check(public, find_risks(public, passwords))
         assert str(refusal.value).startswith(f"server.host: '{host}' can be reached by others, and ")
         assert f"this risk is not accepted: {risk!r}; " in str(refusal.value)
-        log_and_check(configured(f'host = "{host}"\naccept_risks = ["{risk}"]', password), risks)
+        log_and_check(configured(f'{secured}\naccept_risks = ["{risk}"]', password), risks)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
@@ -215,7 +216,7 @@ def test_a_dialect_without_login_is_a_risk(passwords: Passwords, name: str) -> N
     (risk,) = find_risks(served(name), passwords)
     assert risk == ("open_dialect", f"dialects.{name} does not ask for a token; set its require_token to true")
     log_and_check(served(name), [risk])
-    public = 'host = "0.0.0.0"\n'
+    public = 'host = "0.0.0.0"\ntrusted_proxies = ["10.0.0.1"]\n'
     with pytest.raises(ConfigError) as refusal:
         check_accepted(served(name, server=public), [risk])
     assert str(refusal.value) == (
@@ -256,12 +257,13 @@ def test_the_shipped_file_stays_as_it_is(passwords: Passwords, tmp_path: Path, m
 
 
 def test_accepting_open_dialects_accepts_no_other_risk(passwords: Passwords) -> None:
-    text = shipped_with_dialects().replace('host = "127.0.0.1"', 'host = "0.0.0.0"')
+    text = shipped_with_dialects().replace("trusted_proxies = []", 'trusted_proxies = ["10.0.0.1"]')
     text = text.replace("${API_PASSWORD}", SHIPPED_API_PASSWORD)
     public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect"]'), {})
     with pytest.raises(ConfigError, match="'shipped_password'; fix it"):
         check_accepted(public, find_risks(public, passwords))
-    public = loader.parse(text.replace("accept_risks = []", 'accept_risks = ["open_dialect", "shipped_password"]'), {})
+    accepted = 'accept_risks = ["open_dialect", "shipped_password"]'
+    public = loader.parse(text.replace("accept_risks = []", accepted), {})
     check_accepted(public, find_risks(public, passwords))
 
 
@@ -364,6 +366,29 @@ def test_only_an_existing_readable_database_is_a_risk(files: Path, passwords: Pa
     (files / "tokenauth.db").unlink()
     assert of_files(files, passwords) == []
     assert of_files(files, passwords, Path("/dev/null")) == []
+
+
+PROXIED = 'trusted_proxies = ["10.0.0.1"]'
+CERTIFIED = 'tls_certificate = "/c"\ntls_key = "/k"'
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.com", "::ffff:10.0.0.1"])
+def test_plain_http_that_others_can_reach_is_a_risk(passwords: Passwords, host: str) -> None:
+    """Unless a proxy is trusted, where TLS ends, or the service speaks https itself."""
+    public = f'host = "{host}"'
+    (risk,) = find_risks(configured(public), passwords)
+    assert (risk.name, risk.text.partition(": ")[0]) == ("no_tls", "server.host")
+    with pytest.raises(ConfigError, match="not accepted: 'no_tls'"):
+        log_and_check(configured(public), [risk])
+    log_and_check(configured(f'{public}\naccept_risks = ["no_tls"]'), [risk])
+    for more in (PROXIED, CERTIFIED, 'socket = "/run/t.sock"'):
+        assert names(configured(f"{public}\n{more}"), passwords) == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_plain_http_on_this_machine_is_no_risk(passwords: Passwords, host: str) -> None:
+    for more in ("", PROXIED, CERTIFIED):
+        assert names(configured(f'host = "{host}"\n{more}'), passwords) == []
 
 
 def test_the_documentation_names_every_risk() -> None:

@@ -168,6 +168,9 @@ def _risks(path: Path, text: str, settings: Settings, passwords: Passwords) -> I
     else:
         fix = "if a reverse proxy passes requests on to it, set server.trusted_proxies"
         yield Finding("ok", "exposure", "only this machine can reach the service", fix)
+    if settings.metrics.exposure is not None:
+        fix = "listen on a loopback address, or on one that only Prometheus can reach"
+        yield Finding("ok", "exposure", settings.metrics.exposure, fix)
 
 
 def _risk_line(text: str, settings: Settings, risk: str) -> int | None:

@@ -137,6 +137,8 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
         raise mistake
     if not as_json:
         click.echo(printable(_PRIVATE if settings.exposure is None else f"{settings.exposure}."))
+        if settings.metrics.exposure is not None:
+            click.echo(printable(f"{settings.metrics.exposure}."))
         counts = (
             count(len(settings.users_by_name), "user"),
             count(len(settings.pools), "pool"),

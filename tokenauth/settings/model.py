@@ -30,6 +30,7 @@ RiskName = Literal[
     "writable_config",
     "exposed_database",
     "no_trusted_proxy",
+    "no_tls",
     "readable_tls_key",
 ]
 """What `accept_risks` can name; `tokenauth.risks` finds them."""
@@ -99,10 +100,14 @@ class ServerSettings(Table, frozen=True):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect to `host`."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return _is_loopback(self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_cors_origin(key: str, text: str) -> None:
@@ -345,6 +350,13 @@ class MetricsSettings(Table, frozen=True):
         """The host and the port to listen on."""
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def exposure(self) -> str | None:
+        """How others than this machine's users can read the metrics; None if they cannot."""
+        if not self.listen or _is_loopback(self.address[0]):
+            return None
+        return f"metrics.listen: {self.listen!r} answers anyone who can reach it, without a login"
 
 
 _MIN_KEY = 16
