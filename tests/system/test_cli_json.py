@@ -8,14 +8,15 @@ from typing import Any
 import click
 
 from tests.support.connections import Connection
+from tests.support.documents import blocks, read, rows
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
-from tests.support.servers import ROOT, USERS, Server, serve, write_config
+from tests.support.servers import USERS, Server, serve, write_config
 from tests.system.test_cli import Done, output, run
-from tests.unit.test_documents import commands, rows
+from tests.unit.test_documents import commands
 from tokenauth.cli.main import main
 
-DOCUMENT = (ROOT / "docs/command-line-json.md").read_text()
+DOCUMENT = read("docs/command-line-json.md")
 
 SETTINGS = """
 [throttle]
@@ -60,9 +61,8 @@ def shape(document: Any) -> Any:
 
 def shown(command: str) -> Any:
     """Return the output of a command as the document shows it."""
-    blocks = re.findall(rf"^\$ tokenauth {command}\b[^\n]* --json\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1, command
-    return json.loads(blocks[0].replace("\n", " "))
+    [printed] = [block for block in blocks(DOCUMENT, "console") if block.startswith(f"$ tokenauth {command} ")]
+    return json.loads(printed.partition("--json\n")[2].replace("\n", " "))
 
 
 def test_each_command_with_json_is_shown_or_named() -> None:

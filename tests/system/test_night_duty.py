@@ -12,13 +12,14 @@ import httpx
 import pytest
 
 from tests.support.auditing import wait_for
+from tests.support.documents import blocks, read, section
 from tests.support.journal import until
 from tests.support.ports import free_port
 from tests.support.servers import Server, log_in, probe, serve, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import run
 
-GUIDE = (Path(__file__).parents[2] / "docs/production.md").read_text()
+GUIDE = read("docs/production.md")
 
 SETTINGS = """
 [server]
@@ -35,10 +36,9 @@ members = [{{ name = "pixel-8" }}, {{ name = "iphone-15" }}]
 
 def commands(heading: str) -> list[str]:
     """Return the commands below a heading, one a line."""
-    section = GUIDE.partition(f"\n### {heading}\n")[2].partition("\n##")[0]
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    assert blocks, heading
-    return [line for block in blocks for line in block.splitlines()]
+    found = [line for block in blocks(section(GUIDE, f"### {heading}"), "sh") for line in block.splitlines()]
+    assert found, heading
+    return found
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.documents import blocks, read
 from tests.support.servers import ROOT, Server, log_in, serve, shipped_with_dialects
 from tests.support.skipping import skip_without
 
@@ -29,18 +30,9 @@ LOG_IN = """TOKEN=$(curl -sf localhost:8000/api/token -H 'Content-Type: applicat
     -d '{"username": "admin", "password": "admin"}' | cut -d'"' -f4)"""
 
 
-def text_of(document: str) -> str:
-    return (ROOT / document).read_text()
-
-
-def blocks(document: str, language: str) -> list[str]:
-    """Return the code blocks of a document in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), re.MULTILINE | re.DOTALL)
-
-
 def commands(document: str) -> list[tuple[str, str]]:
     """Return all commands, each with the output below it."""
-    return [found for block in blocks(document, "console") for found in COMMAND.findall(block)]
+    return [found for block in blocks(read(document), "console") for found in COMMAND.findall(block)]
 
 
 def alike(text: str) -> str:
@@ -54,7 +46,9 @@ def alike(text: str) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serve the shipped configuration, with its dialects, and with the pools that the documents show."""
     config = tmp_path_factory.mktemp("server") / "config.toml"
-    shown = [block for name in ("README.md", "docs/pools.md") for block in blocks(name, "toml") if "[pools." in block]
+    shown = [
+        block for name in ("README.md", "docs/pools.md") for block in blocks(read(name), "toml") if "[pools." in block
+    ]
     pools = {block.partition("]")[0]: block for block in shown}
     assert len(pools) == 4
     assert tomllib.loads(shown[0]) == tomllib.loads(pools["[pools.licences"])
@@ -88,7 +82,7 @@ def test_the_login_here_is_that_of_the_readme() -> None:
 
 
 def test_the_python_of_the_pools_guide_runs(server: Server) -> None:
-    (code,) = blocks("docs/pools.md", "python")
+    (code,) = blocks(read("docs/pools.md"), "python")
     code = code.replace("https://auth.example.com", server.url).replace('"ci", password', '"admin", "admin"')
     fences: list[int] = []
 
@@ -107,7 +101,7 @@ CronJob = Callable[[str], "subprocess.Popen[str]"]
 @pytest.fixture
 def cron_job(server: Server, tmp_path: Path) -> CronJob:
     """Return what runs the crontab of the pools guide as cron does, with another `--wait`. The job must be alone."""
-    (crontab,) = blocks("docs/pools.md", "crontab")
+    (crontab,) = blocks(read("docs/pools.md"), "crontab")
     (tmp_path / "report").write_text("#!/bin/sh\nmkdir alone && echo ran && rmdir alone\n")
     (tmp_path / "report").chmod(0o755)
     with server.client() as client:

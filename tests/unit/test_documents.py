@@ -11,6 +11,7 @@ import click
 import msgspec
 import pytest
 
+from tests.support.documents import read, rows, section
 from tests.support.servers import ROOT
 from tests.test_layers import LAYERS
 from tests.test_security import PROMISES
@@ -31,25 +32,6 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]*))?\)")
-
-
-def read(name: str) -> str:
-    """Return the text of a document."""
-    return (ROOT / name).read_text()
-
-
-def rows(text: str) -> list[list[str]]:
-    """Return the cells of all table rows whose first cell is code."""
-    lines = re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
-
-
-def section(text: str, heading: str) -> str:
-    """Return what is below a heading, up to the next one of its level or above."""
-    level = heading.partition(" ")[0]
-    after = text.partition(f"\n{heading}\n")[2]
-    assert after, f"no heading {heading!r}"
-    return re.split(rf"^#{{1,{len(level)}}} ", after, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 @cache
@@ -264,8 +246,8 @@ def test_each_error_code_is_in_a_document() -> None:
 def test_each_route_of_http_is_in_its_first_table() -> None:
     table = read("docs/http.md").partition("\n† needs")[0]
     named = re.findall(r"`(?:(?:GET|POST|DELETE) )(/[^`]*)`", table)
-    for section in (TOKEN, MY_TOKENS, EVENTS, THROTTLE):
-        for operation in section.operations:
+    for group in (TOKEN, MY_TOKENS, EVENTS, THROTTLE):
+        for operation in group.operations:
             assert operation.path in named, operation.path
             assert f"`{operation.method} {operation.path}`" in table, (operation.method, operation.path)
 

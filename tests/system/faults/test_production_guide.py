@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import blocks, read, section
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, Server, log_in, probe, spawn
 from tests.support.skipping import skip_without
 
-GUIDE = (ROOT / "docs/production.md").read_text()
+GUIDE = read("docs/production.md")
 PASSWORD = "correct horse battery"
 
 _FUNCTIONS = """
@@ -40,12 +41,6 @@ _PROGRAMS = {
     "id": "echo 0",
 }
 """For the command that the guide installs, too: it is a script of its own."""
-
-
-def blocks(heading: str) -> list[str]:
-    """Return the shell commands below a heading."""
-    section = GUIDE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
 class Machine:
@@ -115,7 +110,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
         if shutil.which(name) is None:
             skip_without(name, f"apt-get install {name}")
     made = Machine(tmp_path_factory.mktemp("machine"))
-    install, command = blocks("Install")
+    install, command = blocks(section(GUIDE, "## Install"), "sh")
     assert "tokenauth init --config" in install
     made.run(re.sub(r"(tokenauth init .*)", rf"\1 --username admin --password-stdin <<< '{PASSWORD}'", install))
     assert made.config.stat().st_mode & 0o777 == 0o640
@@ -130,7 +125,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 def test_a_restored_backup_admits_nobody_by_itself(machine: Machine) -> None:
-    backup, restore = blocks("Backup")
+    backup, restore = blocks(section(GUIDE, "## Backup"), "sh")
     with machine.serving() as server, server.client() as client:
         revoked, kept = (log_in(client, "admin", PASSWORD) for _ in range(2))
         machine.run(backup)
@@ -148,7 +143,7 @@ def test_a_restored_backup_admits_nobody_by_itself(machine: Machine) -> None:
 
 
 def test_a_restore_without_revoking_revives_tokens(machine: Machine) -> None:
-    backup, restore = blocks("Backup")
+    backup, restore = blocks(section(GUIDE, "## Backup"), "sh")
     (machine.var / "backup-of-today.db").unlink(missing_ok=True)
     with machine.serving() as server, server.client() as client:
         token = log_in(client, "admin", PASSWORD)
@@ -167,7 +162,7 @@ def installed(machine: Machine) -> Path:
 
 
 def test_the_upgrade_installs_an_unchanged_version(machine: Machine) -> None:
-    (upgrade,) = blocks("Upgrade")
+    (upgrade,) = blocks(section(GUIDE, "## Upgrade"), "sh")
     with machine.serving() as server, server.client() as client:
         token = log_in(client, "admin", PASSWORD)
     source = machine.checkout / "tokenauth/__init__.py"
@@ -181,7 +176,7 @@ def test_the_upgrade_installs_an_unchanged_version(machine: Machine) -> None:
 
 def test_an_older_release_of_a_generation_goes_on(machine: Machine) -> None:
     """The newer one has added a step to the schema. The commands are those of the upgrade, in the older checkout."""
-    (upgrade,) = blocks("Upgrade")
+    (upgrade,) = blocks(section(GUIDE, "## Upgrade"), "sh")
     with machine.serving() as server, server.client() as client:
         token = log_in(client, "admin", PASSWORD)
     with closing(sqlite3.connect(machine.var / "tokenauth.db")) as db:

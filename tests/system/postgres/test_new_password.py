@@ -7,16 +7,25 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.contract.conftest import token
+from tests.support.documents import blocks, read, rows, section
 from tests.support.journal import until
 from tests.support.postgres import Cluster, cluster
-from tests.support.servers import ROOT, START
+from tests.support.servers import START
 from tokenauth.errors import StartError
 from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.store import Store
 
-GUIDE = (ROOT / "docs" / "production.md").read_text().partition("### A secret changes")[2].partition("\n### ")[0]
-RULE = "host all {} 127.0.0.1/32 scram-sha-256\n"
+GUIDE = section(read("docs/production.md"), "### A secret changes")
+
+
+def rule(role: str) -> str:
+    """Return the line of docs/scaling.md that lets a role in. The PostgreSQL of tests has no TLS: not only with it."""
+    table = rows(section(read("docs/scaling.md"), "## What to set in PostgreSQL"))
+    [meaning] = [meaning for setting, meaning in table if setting == "`pg_hba.conf`"]
+    shown = meaning.split("`")[1]
+    assert shown.split()[:3] == ["hostssl", "all", "tokenauth"]
+    return shown.replace("hostssl", "host", 1).replace(" tokenauth ", f" {role} ") + "\n"
 
 
 @pytest.fixture
@@ -26,7 +35,7 @@ def strict() -> Iterator[Cluster]:
         made.create("rotated")
         made.execute("ALTER ROLE tokenauth PASSWORD 'old'")
         rules = made.directory / "data" / "pg_hba.conf"
-        rules.write_text(f"local all postgres trust\n{RULE.format('tokenauth')}")
+        rules.write_text(f"local all postgres trust\n{rule('tokenauth')}")
         reload(made, "SELECT pg_reload_conf()", rules=2)
         yield made
 
@@ -55,7 +64,7 @@ async def refused(cluster: Cluster, role: str, password: str, reason: str) -> No
 
 
 async def test_the_statements_for_a_new_password_work(strict: Cluster) -> None:
-    [create] = re.findall(r"```sql\n(.*?)```", GUIDE, re.DOTALL)
+    [create] = blocks(GUIDE, "sql")
     lock_first, unlock_first, lock_second = re.findall(r"`(ALTER ROLE [^`]*)`", GUIDE)
     [reload_rules] = re.findall(r"`(SELECT pg_reload_conf\(\))`", GUIDE)
     one, two, three = (token(number) for number in range(3))
@@ -65,7 +74,7 @@ async def test_the_statements_for_a_new_password_work(strict: Cluster) -> None:
             strict.execute(statement)
         await refused(strict, "tokenauth_2", "NEW", "no pg_hba.conf entry")
         with (strict.directory / "data" / "pg_hba.conf").open("a") as rules:
-            rules.write(RULE.format("tokenauth_2"))
+            rules.write(rule("tokenauth_2"))
         reload(strict, reload_rules, rules=3)
         async with connected(strict, "tokenauth_2", "NEW") as new:  # while machines are restarted one after the other
             assert await new.tokens.get(one.digest) == one

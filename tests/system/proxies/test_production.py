@@ -1,19 +1,17 @@
 """The plain configurations of docs/production.md, in front of tokenauth alone."""
 
-import re
 from pathlib import Path
 
 import httpx
 
-from tests.support.servers import ROOT, log_in, serve, write_config
+from tests.support.documents import blocks, read
+from tests.support.servers import log_in, serve, write_config
 from tests.system.proxies.running import running
-
-GUIDE = (ROOT / "docs" / "production.md").read_text()
 
 
 def test_the_block_for_caddy_serves_tokenauth(tmp_path: Path) -> None:
     """And no log of Caddy has a token, also while tokenauth is down."""
-    [block] = re.findall(r"```caddy\n(.*?)```", GUIDE, re.DOTALL)
+    [block] = blocks(read("docs/production.md"), "caddy")
     plain = block.replace("auth.example.com {", "http://:8080 {\n\tbind 0.0.0.0", 1)
     files = {"/etc/caddy/Caddyfile": plain.replace("{\n", "{\n\tadmin off\n\tauto_https off\n", 1)}
     config = write_config(tmp_path, '[server]\ntrusted_proxies = ["127.0.0.1"]\n')
