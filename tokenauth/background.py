@@ -1,7 +1,7 @@
 """Work that goes on when the request that started it has ended."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -38,14 +38,21 @@ class HasBackground(Protocol):
 S = TypeVar("S", bound=HasBackground)
 
 
-async def outlast(work: Coroutine[Any, Any, T]) -> T:
-    """Do work to its end, and return its result. If the caller is cancelled meanwhile, it is too late for that."""
-    task = asyncio.get_running_loop().create_task(work)
+async def outlast(work: Awaitable[T]) -> T:
+    """Do work to its end, and return its result, also if the caller is cancelled meanwhile. A second time ends it."""
+    task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
         await asyncio.wait([task])
     return await task
+
+
+def raise_if_cancelled() -> None:
+    """Raise CancelledError if this task was cancelled during `outlast`."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def finished(

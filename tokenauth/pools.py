@@ -417,8 +417,8 @@ class Pools:
         """End a lease. The token is free at once. Raises UnknownToken, LeaseLost, NotYourLease."""
         now = self._clock()
         if self.waiting.someone_waits(pool):
-            note = partial(self._note_release, pool, now)
-            change = await self.waiting.release(pool, _checked(value), now, check, note)
+            on_release = partial(self._note_release, pool, now)
+            change = await self.waiting.release(pool, _checked(value), now, check, on_release)
             await self._require_lease(pool, change, check, now)
             return
         change = await self._store.pools.release(pool, _checked(value), now, check)

@@ -122,15 +122,15 @@ class Tokens:
                 max_expires_at=latest,
                 scopes=scopes,
             )
-            note = partial(self._note_issued, token, network(address))
-            await self._store.tokens.issue(token, self._settings.per_user, now, note)
+            on_commit = partial(self._log_issued, token, network(address))
+            await self._store.tokens.issue(token, self._settings.per_user, now, on_commit)
         except RetryLater as refusal:
             self._credentials.count(refusal)
             log.warning("login_refused", user=user.username, network=network(address), reason=refusal.code)
             raise
         return IssuedToken(value, token)
 
-    def _note_issued(self, token: Token, network: str, ended: Sequence[bytes]) -> None:
+    def _log_issued(self, token: Token, network: str, ended: Sequence[bytes]) -> None:
         self._credentials.count()
         log.info("token_issued", user=token.username, id=token.id, network=network)
         for each in map(public_id, ended):
@@ -293,11 +293,11 @@ class Tokens:
             await self._end(token)
 
     async def _end(self, token: Token) -> None:
-        def note(existed: bool) -> None:
+        def on_commit(existed: bool) -> None:
             if existed:
                 log.info("token_revoked", user=token.username, id=token.id)
 
-        await self._store.tokens.revoke(token.digest, self._clock(), note)
+        await self._store.tokens.revoke(token.digest, self._clock(), on_commit)
 
     async def revoke_id(self, id: str, username: str | None) -> Token:
         """Revoke the token of a user with this public id, and return it. Raises UnknownToken."""

@@ -114,14 +114,14 @@ class Waiting:
         return line is not None and bool(line.waiters)
 
     async def release(
-        self, pool: Pool, value: str, now: Instant, check: LeaseCheck, note: Callable[[PoolToken], None]
+        self, pool: Pool, value: str, now: Instant, check: LeaseCheck, on_release: Callable[[PoolToken], None]
     ) -> LeaseChange | None:
         """End a lease of a pool that someone waits for, and serve those whose turn it is then, in one step.
 
-        `note` is called with the token as it was, before they are answered, if the lease was ended. All this is
+        `on_release` is called with the token as it was, before they are answered, if the lease was ended. All this is
         finished also when the caller is cancelled. Raises StoreUnavailable.
         """
-        return await self.background.finish(self._lines[pool.name].release(value, now, check, note))
+        return await self.background.finish(self._lines[pool.name].release(value, now, check, on_release))
 
     def drop(self, pool: Pool, key: RequestKey) -> None:
         """End the wait of a request that has left the line."""
@@ -213,13 +213,13 @@ class _Line:
         self._woken.set()
 
     async def release(
-        self, value: str, now: Instant, check: LeaseCheck, note: Callable[[PoolToken], None]
+        self, value: str, now: Instant, check: LeaseCheck, on_release: Callable[[PoolToken], None]
     ) -> LeaseChange | None:
         with self._step() as asks:
             change, granted = await self._store.hand_over(self._pool, value, asks, now, check)
             try:
                 if change is not None and change.granted:
-                    note(change.before)
+                    on_release(change.before)
             finally:
                 for grant in granted:
                     self._deliver(grant)

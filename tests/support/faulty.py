@@ -26,17 +26,17 @@ class Faulty:
         return await self._tokens.get(digest)
 
     async def issue(
-        self, token: Token, per_user: int, now: Instant, note: Callable[[Sequence[bytes]], object] | None = None
+        self, token: Token, per_user: int, now: Instant, on_commit: Callable[[Sequence[bytes]], object] | None = None
     ) -> Sequence[bytes]:
         if self.writing is not None:
             raise self.writing
-        return await self._tokens.issue(token, per_user, now, note)
+        return await self._tokens.issue(token, per_user, now, on_commit)
 
-    async def revoke(self, digest: bytes, now: Instant, note: Callable[[bool], object] | None = None) -> bool:
+    async def revoke(self, digest: bytes, now: Instant, on_commit: Callable[[bool], object] | None = None) -> bool:
         self.poisoned |= digest == self.poison
         if self.writing is not None or digest == self.poison:
             raise self.writing or ZeroDivisionError
-        return await self._tokens.revoke(digest, now, note)
+        return await self._tokens.revoke(digest, now, on_commit)
 
     async def revoke_all(
         self,

@@ -23,8 +23,8 @@ GATHER = 0.001
 
 
 def _deliver(change: Change[A], future: asyncio.Future[A], answer: A) -> None:
-    if change.note is not None:
-        future.get_loop().call_soon(change.note, answer)
+    if change.on_commit is not None:
+        future.get_loop().call_soon(change.on_commit, answer)
     if not future.done():
         future.set_result(answer)
 

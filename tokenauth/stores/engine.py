@@ -79,7 +79,7 @@ class Change(Struct, Generic[A_co], kw_only=True):
 
     now: Instant = 0.0
     """The time that the caller has read, written to the clock row by the commit; 0 if the change needs no time."""
-    note: Callable[[Any], object] | None = None  # Any: its answer, whose type is covariant
+    on_commit: Callable[[Any], object] | None = None  # Any: its answer, whose type is covariant
     """Is called with the answer after the commit and before it is delivered, also if the caller was cancelled."""
 
     @classmethod

@@ -7,7 +7,6 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
-import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import BigInteger, Float, LargeBinary, Select, bindparam, func, select
 
+from tokenauth.background import outlast, raise_if_cancelled
 from tokenauth.clock import Clock
-from tokenauth.errors import Refusal
+from tokenauth.errors import Refusal, StoreUnavailable
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -154,14 +154,14 @@ Fingerprint = tuple[object, ...]
 T = TypeVar("T")
 
 
-def _in_context(note: Callable[[T], object]) -> Callable[[T], object]:
+def _in_context(on_commit: Callable[[T], object]) -> Callable[[T], object]:
     """Let what is logged there name the request that is handled now."""
     context = copy_context()
-    return lambda answer: context.run(note, answer)
+    return lambda answer: context.run(on_commit, answer)
 
 
-def _note_own(note: Callable[[Sequence[bytes]], object], surplus: Surplus) -> None:
-    note(surplus.own)
+def _with_own(on_commit: Callable[[Sequence[bytes]], object], surplus: Surplus) -> None:
+    on_commit(surplus.own)
 
 
 class Share(Protocol):
@@ -206,15 +206,15 @@ class TokenStore:
             await self.share((digest,), missing=True)
 
     async def issue(
-        self, token: Token, per_user: int, now: Instant, note: Callable[[Sequence[bytes]], object] | None = None
+        self, token: Token, per_user: int, now: Instant, on_commit: Callable[[Sequence[bytes]], object] | None = None
     ) -> Sequence[bytes]:
         """Store a token. If its user then has more than `per_user` live ones, revoke the oldest; 0 means no limit.
 
-        Returns the digests of those that were revoked, except what another login at the same time has returned. `note`
-        is called with them first, also if the caller is cancelled meanwhile.
+        Returns the digests of those that were revoked, except what another login at the same time has returned.
+        `on_commit` is called with them first, also if the caller is cancelled meanwhile.
         """
-        note_all = note and _in_context(partial(_note_own, note))
-        surplus = await self._engine.apply(Issue(token, per_user, now=now, note=note_all))
+        with_own = on_commit and _in_context(partial(_with_own, on_commit))
+        surplus = await self._engine.apply(Issue(token, per_user, now=now, on_commit=with_own))
         await self._revoked(surplus.digests)
         return surplus.own
 
@@ -282,12 +282,12 @@ class TokenStore:
         rows = await self._engine.read(_FIND, {"low": low, "high": low + b"\xff" * (32 - ID_BYTES)})
         return as_token(rows[0]) if rows else None
 
-    async def revoke(self, digest: bytes, now: Instant, note: Callable[[bool], object] | None = None) -> bool:
+    async def revoke(self, digest: bytes, now: Instant, on_commit: Callable[[bool], object] | None = None) -> bool:
         """Revoke a token; False if there was none. After this returns, no `get` of any process returns it.
 
-        `note` is called with the same first, also if the caller is cancelled meanwhile.
+        `on_commit` is called with the same first, also if the caller is cancelled meanwhile.
         """
-        existed = await self._engine.apply(Revoke(digest, now=now, note=note and _in_context(note)))
+        existed = await self._engine.apply(Revoke(digest, now=now, on_commit=on_commit and _in_context(on_commit)))
         await self._revoked((digest,))  # also if another process revoked it, and its notification has not arrived
         return existed
 
@@ -304,24 +304,19 @@ class TokenStore:
         `kind`: only tokens of this kind. `progress` is called after each step with the number so far. When this is
         cancelled, it ends after the step that is under way.
         """
-        total, more, cancelled = 0, True, False
+        total, more = 0, True
         try:
             while more:  # in steps, between which others write
-                step = asyncio.ensure_future(self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now)))
                 try:
-                    await asyncio.wait([step])
-                except asyncio.CancelledError:
-                    cancelled = True
-                    await asyncio.wait([step])
-                    if step.exception() is not None:
-                        raise
-                revoked = await step
+                    revoked = await outlast(self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now)))
+                except StoreUnavailable:
+                    raise_if_cancelled()
+                    raise
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
                 if progress is not None:
                     progress(total)
-                if cancelled:
-                    raise asyncio.CancelledError
+                raise_if_cancelled()
         finally:
             await self._revoked(None)
         return total

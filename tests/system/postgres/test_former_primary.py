@@ -22,7 +22,7 @@ from tokenauth.settings.model import DatabaseSettings
 from tokenauth.stores.open import open_store
 from tokenauth.stores.postgres import hosts, standbys
 from tokenauth.stores.postgres.engine import PostgresEngine
-from tokenauth.stores.postgres.hosts import Primary
+from tokenauth.stores.postgres.hosts import HostConnection
 from tokenauth.stores.postgres.listener import BOUND
 from tokenauth.stores.store import Store
 
@@ -150,15 +150,15 @@ async def test_a_connection_may_be_closed_at_any_step(
 ) -> None:
     """It may be to a former primary. asyncpg raises AttributeError if it is closed when a statement was prepared."""
     async with nodes(database) as (node,):
-        prepare = getattr(Primary, "_get_statement")  # noqa: B009 - asyncpg's type stubs lack it
+        prepare = getattr(HostConnection, "_get_statement")  # noqa: B009 - asyncpg's type stubs lack it
 
-        async def closing(self: Primary, query: str, *arguments: Any, **options: Any) -> Any:
+        async def closing(self: HostConnection, query: str, *arguments: Any, **options: Any) -> Any:
             statement = await prepare(self, query, *arguments, **options)
             if "DELETE FROM tokens" in query:
                 self.terminate()
             return statement
 
-        monkeypatch.setattr(Primary, "_get_statement", closing)
+        monkeypatch.setattr(HostConnection, "_get_statement", closing)
         with pytest.raises(StoreUnavailable):
             await node.tokens.revoke(token(1).digest, START)
         monkeypatch.undo()

@@ -291,7 +291,7 @@ class Connections:
         return writer.apply(change)
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator[hosts.Primary]:
+    async def listening(self) -> AsyncIterator[hosts.HostConnection]:
         """Open one more connection, for one use."""
         connection = await self.primaries.connect(**self._arguments)
         try:
@@ -346,7 +346,7 @@ class Connections:
         except UNAVAILABLE as error:
             return reason(error)
 
-    async def _write_tables(self, db: hosts.Primary) -> str | None:
+    async def _write_tables(self, db: hosts.HostConnection) -> str | None:
         if await _waits_for_standby(db):
             return _NO_STANDBY
         refused_for = self._writing.open_for()
@@ -362,11 +362,11 @@ class Connections:
         return None
 
     @asynccontextmanager
-    async def _pooled(self) -> AsyncIterator[hosts.Primary]:
+    async def _pooled(self) -> AsyncIterator[hosts.HostConnection]:
         """Use a connection of the pool."""
         async with aclosing(await self._open_pooled()) as db:
             connection = (await db.get_raw_connection()).driver_connection
-            assert isinstance(connection, hosts.Primary)
+            assert isinstance(connection, hosts.HostConnection)
             try:
                 yield connection
             except asyncpg.PostgresError:
@@ -497,7 +497,7 @@ class Connections:
         return clock
 
 
-async def _waits_for_standby(db: hosts.Primary) -> bool:
+async def _waits_for_standby(db: hosts.HostConnection) -> bool:
     """Return whether commits are waiting; False where that cannot be seen."""
     with suppress(asyncpg.PostgresError):
         return await db.execute(_WAITS_FOR_STANDBY) != "SELECT 0"  # one round trip

@@ -79,23 +79,23 @@ class NoPrimary(OSError):
         self.errors = errors
 
 
-class Primary(_Connection):
-    """A connection to one host, usually to the primary."""
+class HostConnection(_Connection):
+    """A connection to one host of a URL: usually to the primary."""
 
-    place = ""
-    """Its host and port."""
+    address = ""
+    """The host and the port."""
 
-    system = timeline = 0
+    system_identifier = timeline = 0
     """What `_TIMELINE` returns; 0 if the server does not tell it."""
 
     unconfirmed = False
     """Whether commits on it may be lost: one did not wait for synchronous standbys, or another server was promoted."""
 
     async def read_timeline(self) -> None:
-        self.system, self.timeline = await self.fetchrow(_TIMELINE) or (0, 0)
+        self.system_identifier, self.timeline = await self.fetchrow(_TIMELINE) or (0, 0)
 
-    def note(self, message: asyncpg.PostgresLogMessage) -> None:
-        """Note a warning. The text of this one, "canceling wait for synchronous replication", is translated."""
+    def heed(self, message: asyncpg.PostgresLogMessage) -> None:
+        """Look at a warning. The text of this one, "canceling wait for synchronous replication", is translated."""
         if message.server_source_function == "SyncRepWaitForLSN":
             self.unconfirmed = True
 
@@ -114,21 +114,21 @@ class Primaries:
         """How often a later timeline was seen: connections that were open then may have been closed for it."""
         self.on_promotion: Callable[[], object] = lambda: None
         """Is called when a later timeline was seen."""
-        self.place = ""
-        """The place of the last connection: where the primary is."""
+        self.address = ""
+        """The address of the last connection: where the primary is."""
         self._newest: dict[int, int] = {}
-        self._open: WeakSet[Primary] = WeakSet()
+        self._open: WeakSet[HostConnection] = WeakSet()
 
-    async def connect(self, **arguments: Any) -> Primary:
+    async def connect(self, **arguments: Any) -> HostConnection:
         """Connect to the primary. All hosts are tried at once, so none delays the others for long (PATIENCE).
 
         Raises what the driver raises for a single host, and NoPrimary if there are several, or the one is a standby.
         Raises TooManyConnectionsError if the last one, or each that may be the primary, takes no more.
         """
         limit = PATIENCE if self._newest else FIRST_PATIENCE
-        attempts = {asyncio.create_task(open_connection(each)): place_of(each) for each in for_each_host(arguments)}
-        found: list[Primary] = []
-        chosen: Primary | None = None
+        attempts = {asyncio.create_task(open_connection(each)): address_of(each) for each in for_each_host(arguments)}
+        found: list[HostConnection] = []
+        chosen: HostConnection | None = None
         try:
             waiting = {*attempts}
             while waiting:
@@ -139,38 +139,38 @@ class Primaries:
                 for attempt in done:
                     if attempt.exception() is None:
                         found.append(attempt.result())
-                        self.note(found[-1])
+                        self.observe(found[-1])
             chosen = self._latest(found)
         finally:
             for attempt in attempts:
                 attempt.cancel()
                 attempt.add_done_callback(partial(_abort, chosen))
         if chosen is None:
-            states = {place: attempt.exception() for attempt, place in attempts.items()}
-            last = states.get(self.place)
+            states = {address: attempt.exception() for attempt, address in attempts.items()}
+            last = states.get(self.address)
             raise last if isinstance(last, asyncpg.TooManyConnectionsError) else _no_primary(states)
-        self.place = chosen.place
+        self.address = chosen.address
         self._open.add(chosen)
         return chosen
 
-    def note(self, found: Primary) -> None:
-        """Note the timeline of a server; close the connections to the one that it has replaced, if it has.
+    def observe(self, found: HostConnection) -> None:
+        """Remember the timeline of a server; close the connections to the one that it has replaced, if it has.
 
         They are closed when what has just been answered on them was taken: asyncpg fails otherwise.
         """
-        if found.timeline > self._newest.get(found.system, 0):
-            self._newest[found.system] = found.timeline
+        if found.timeline > self._newest.get(found.system_identifier, 0):
+            self._newest[found.system_identifier] = found.timeline
             self.promotions += 1
             for one in filter(self._is_former, [*self._open]):
                 one.unconfirmed = True
                 asyncio.get_running_loop().call_soon(one.terminate)
             self.on_promotion()
 
-    def _is_former(self, connection: Primary) -> bool:
+    def _is_former(self, connection: HostConnection) -> bool:
         """Return whether another server has been promoted since this one was."""
-        return connection.timeline < self._newest.get(connection.system, 0)
+        return connection.timeline < self._newest.get(connection.system_identifier, 0)
 
-    def _latest(self, found: Iterable[Primary]) -> Primary | None:
+    def _latest(self, found: Iterable[HostConnection]) -> HostConnection | None:
         return next((one for one in found if not self._is_former(one)), None)
 
 
@@ -183,7 +183,7 @@ def for_each_host(arguments: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [{**arguments, "host": host, "port": port} for host, port in each]
 
 
-def place_of(arguments: Mapping[str, Any]) -> str:
+def address_of(arguments: Mapping[str, Any]) -> str:
     """Name a host and its port."""
     host, port = arguments.get("host") or "its socket", arguments.get("port")
     return f"{host}:{port}" if port else str(host)
@@ -199,7 +199,7 @@ def _no_primary(states: Mapping[str, BaseException | None]) -> BaseException:
     are_full = all(isinstance(error, asyncpg.TooManyConnectionsError) for error in possible)
     if possible and (are_full or len(states) == 1):
         return possible[0]
-    return NoPrimary([f"{place} {_state(error)}" for place, error in states.items()], errors)
+    return NoPrimary([f"{address} {_state(error)}" for address, error in states.items()], errors)
 
 
 def _state(error: BaseException | None) -> str:
@@ -217,11 +217,11 @@ def _state(error: BaseException | None) -> str:
     return f"cannot be used ({words.splitlines()[0][:100]})"
 
 
-async def open_connection(arguments: Mapping[str, Any]) -> Primary:
+async def open_connection(arguments: Mapping[str, Any]) -> HostConnection:
     """Connect to one host, and ask for its timeline. Raises what the driver raises."""
-    connection: Primary = await asyncpg.connect(**arguments, connection_class=Primary)
-    connection.place = place_of(arguments)
-    connection.add_log_listener(lambda _, message: connection.note(message))
+    connection: HostConnection = await asyncpg.connect(**arguments, connection_class=HostConnection)
+    connection.address = address_of(arguments)
+    connection.add_log_listener(lambda _, message: connection.heed(message))
     try:
         await connection.read_timeline()
     except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError):
@@ -232,7 +232,7 @@ async def open_connection(arguments: Mapping[str, Any]) -> Primary:
     return connection
 
 
-def _abort(chosen: Primary | None, attempt: "asyncio.Task[Primary]") -> None:
+def _abort(chosen: HostConnection | None, attempt: "asyncio.Task[HostConnection]") -> None:
     """Close a connection that is not needed any more."""
     if not attempt.cancelled() and attempt.exception() is None and attempt.result() is not chosen:
         attempt.result().terminate()

@@ -12,7 +12,7 @@ from tokenauth.logs import log
 from tokenauth.models import Instant
 from tokenauth.stores.engine import OnClockAdvance, ignore_clock
 from tokenauth.stores.postgres.connections import Connections
-from tokenauth.stores.postgres.hosts import Primary
+from tokenauth.stores.postgres.hosts import HostConnection
 from tokenauth.stores.postgres.transaction import CHANNEL, CLOCK_ROW, SERVER_CLOCK
 
 BOUND = 1.0
@@ -138,7 +138,7 @@ class Listener:
                 self._connections.start_probe()
             await asyncio.sleep(_RETRY)
 
-    async def _listen(self, db: Primary) -> None:
+    async def _listen(self, db: HostConnection) -> None:
         await self._subscribe(db)
         await self._check_server(db)
         while True:
@@ -151,7 +151,7 @@ class Listener:
                 async with asyncio.timeout(HEARTBEAT):
                     await self._wake.wait()
 
-    async def _subscribe(self, db: Primary) -> None:
+    async def _subscribe(self, db: HostConnection) -> None:
         """Listen for notifications. Without them, the log is still read at every heartbeat."""
         if not self._connections.notifies:
             return
@@ -163,7 +163,7 @@ class Listener:
             self._connections.notifies = False
             log.warning("revocation_feed_polls", reason=type(error).__name__, seconds=HEARTBEAT)
 
-    async def _read(self, db: Primary) -> None:
+    async def _read(self, db: HostConnection) -> None:
         """Read the log from the last known entry, which must still be there: otherwise some were missed."""
         asked_at = boottime()
         seq = self._last[0]
@@ -190,7 +190,7 @@ class Listener:
             self._last = entries[-1]
         self._read_at = asked_at
 
-    async def _check_server(self, db: Primary) -> None:
+    async def _check_server(self, db: HostConnection) -> None:
         """Clear the cache for another server or database, or one that was restarted: it may lack revocations."""
         server = await db.fetchrow(_SERVER, timeout=BOUND)
         if server != self._server:
@@ -198,7 +198,7 @@ class Listener:
             self._missed = True
             self._server = server
 
-    async def _skip(self, db: Primary) -> None:
+    async def _skip(self, db: HostConnection) -> None:
         """Skip to the end of the log."""
         row = await db.fetchrow(_LAST, timeout=BOUND)
         self._last = (0, None) if row is None else (row[0], row[1])

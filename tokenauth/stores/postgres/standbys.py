@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import asyncpg
+
+from tokenauth.logs import log, safe_traceback
 from tokenauth.stores.circuit_breaker import PAUSE
 from tokenauth.stores.postgres import hosts
 
@@ -16,6 +19,12 @@ INTERVAL = 0.25
 
 PATIENCE = 1.0
 """Seconds that a host has to answer. Then it counts as unreachable."""
+
+_SILENCE = 60.0
+"""Seconds until a host that does not tell its timeline is asked again: it may have been replaced."""
+
+_EXPECTED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a host that cannot be reached, or is about to stop, raises."""
 
 
 class Standbys:
@@ -56,6 +65,7 @@ class _Host:
         self._primaries = primaries
         self._arguments = arguments
         self._wake = asyncio.Event()
+        self._logged = False
         self._answered: asyncio.Event | None = None  # set after the next question; None while it cannot be reached
 
     def ask(self) -> asyncio.Event | None:
@@ -64,24 +74,30 @@ class _Host:
         return self._answered
 
     async def watch(self) -> None:
-        """Keep a connection while it is not the primary, unless it does not tell its timeline."""
+        """Keep a connection while it is not the primary, and tells its timeline."""
         while True:
-            with suppress(Exception):  # any error: it cannot be reached
+            pause = PAUSE
+            try:
                 if not self._is_primary():
                     connection = await hosts.open_connection(self._arguments)
                     try:
-                        if not connection.system:
-                            return
-                        await self._ask_on(connection)
+                        if connection.system_identifier:
+                            await self._ask_on(connection)
+                        else:
+                            pause = _SILENCE
                     finally:
                         connection.terminate()
-            await asyncio.sleep(PAUSE)
+            except Exception as error:  # it cannot be reached
+                if not isinstance(error, _EXPECTED) and not self._logged:
+                    self._logged = True
+                    log.error("unexpected_error", at=safe_traceback(error))
+            await asyncio.sleep(pause)
 
-    async def _ask_on(self, connection: hosts.Primary) -> None:
+    async def _ask_on(self, connection: hosts.HostConnection) -> None:
         answered, self._answered = asyncio.Event(), asyncio.Event()
         try:
             while not self._is_primary():
-                self._primaries.note(connection)
+                self._primaries.observe(connection)
                 answered.set()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(INTERVAL):
@@ -96,4 +112,4 @@ class _Host:
             self._answered = None
 
     def _is_primary(self) -> bool:
-        return hosts.place_of(self._arguments) == self._primaries.place
+        return hosts.address_of(self._arguments) == self._primaries.address
