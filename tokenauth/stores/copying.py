@@ -196,16 +196,18 @@ class Side(ABC):
         if users is not None:
             raise CopyError(f"{self.name} is in use: {users}; stop the server that uses it")
         [(version,)] = await self.fetch("SELECT version_num FROM alembic_version")
-        for table in TABLES if version != schema.COPYING else ():
-            if table.table is not marks and await self.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608 - names
-                return False
-        for (begun,) in await self.fetch(_SELECT_STATE, "source") if version == schema.COPYING else ():
-            if begun == source:
-                return True
-            raise CopyError(
-                f"{self.name} is an unfinished copy of {begun!s}; finish that with the same command, or copy to a new"
-                " database"
-            )
+        if version == schema.COPYING:
+            for (begun,) in await self.fetch(_SELECT_STATE, "source"):
+                if begun == source:
+                    return True
+                raise CopyError(
+                    f"{self.name} is an unfinished copy of {begun!s}; finish that with the same command, or copy to a"
+                    " new database"
+                )
+        else:
+            for table in TABLES:
+                if table.table is not marks and await self.fetch(f'SELECT 1 FROM "{table.name}" LIMIT 1'):  # noqa: S608
+                    return False
         async with self.transaction():
             await self.fetch(schema.CREATE_COPY_STATE)
             await self.fetch("DELETE FROM marks")  # an empty database has the time at which it was made
