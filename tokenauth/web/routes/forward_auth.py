@@ -15,7 +15,7 @@ from tokenauth.logs import log, safe_traceback
 from tokenauth.metrics import ValidationCounts
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
-from tokenauth.web.browser_auth import BrowserAuth
+from tokenauth.web.browser_auth import BrowserAuth, Headers
 from tokenauth.web.error_handling import log_denied
 from tokenauth.web.exceptions import RetryableInternalError
 from tokenauth.web.http_context import set_current_request
@@ -67,38 +67,49 @@ class ForwardAuth(Endpoint):
         self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
     def at_once(self, scope: Scope) -> tuple[bytes, bytes] | None:
-        """Answer for a valid token that is cached, if the proxy asks for no more than that."""
-        value = None if scope["query_string"] else bearer(scope)
-        token = None if value is None else self._tokens.validate_cached(value)
+        """Answer for a valid token that is cached. Raises the error of a request that may not pass."""
+        asked = self._asked(scope)
+        value, cookie_headers = self._find_token(scope, asked)
+        token = self._tokens.validate_cached(value) if value is not None and asked.touch else None
         if token is None:
             return None
-        lines = self._response_for(token).lines
+        response = self._check(value, token, asked)
+        self._check_page(scope, cookie_headers)
         self._counts.valid += 1
-        return b"%bx-auth-expires: %d\r\n" % (lines, token.expires_at), b""
+        return b"%bx-auth-expires: %d\r\n" % (response.lines, token.expires_at), b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send 200 and the user's name if the request may pass."""
-        token, asked, cookie_headers = None, _EMPTY, None
+        token, asked = None, _EMPTY
         try:
-            if query := scope["query_string"]:
-                asked = _parse(query, self._browser is not None)
-                if asked.cookie and self._browser is not None:
-                    value, cookie_headers = self._browser.find_token(scope, asked.x_token_only)
-                else:
-                    value = header_token(scope, asked.x_token_only)
-            else:
-                value = bearer(scope)
+            asked = self._asked(scope)
+            value, cookie_headers = self._find_token(scope, asked)
             token = None if value is None else await self._tokens.validate(value, asked.touch)
-            headers = self._check(value, token, asked)
-            if cookie_headers is not None and self._browser is not None:
-                self._browser.check_page(scope, cookie_headers)
+            response = self._check(value, token, asked)
+            self._check_page(scope, cookie_headers)
         except Exception as error:
             self._counts.refuse(error)
             await self._refuse(scope, error, token, asked)(scope, receive, send)
             return
+        assert token is not None
         self._counts.valid += 1
+        headers = (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
+
+    def _asked(self, scope: Scope) -> _Query:
+        query = scope["query_string"]
+        return _parse(query, self._browser is not None) if query else _EMPTY
+
+    def _find_token(self, scope: Scope, asked: _Query) -> tuple[bytes | None, Headers | None]:
+        """Return the token; and the headers if it is from a cookie. Raises InvalidRequest or InvalidToken."""
+        if asked.cookie and self._browser is not None:
+            return self._browser.find_token(scope, asked.x_token_only)
+        return (bearer(scope) if asked is _EMPTY else header_token(scope, asked.x_token_only)), None
+
+    def _check_page(self, scope: Scope, cookie_headers: Headers | None) -> None:
+        if cookie_headers is not None and self._browser is not None:
+            self._browser.check_page(scope, cookie_headers)
 
     def _refuse(self, scope: Scope, error: Exception, token: Token | None, asked: _Query) -> Response:
         """Return the response to a request that may not pass. Errors in here do not let it pass either."""
@@ -120,8 +131,8 @@ class ForwardAuth(Endpoint):
         log.error("unexpected_error", at=safe_traceback(error))
         return refusal_response(RetryableInternalError())
 
-    def _check(self, value: bytes | None, token: Token | None, asked: _Query) -> Sequence[tuple[bytes, bytes]]:
-        """Return the headers for the user. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
+    def _check(self, value: bytes | None, token: Token | None, asked: _Query) -> _Response:
+        """Return what is sent for the user. Raises TokenRequired, InvalidToken, InsufficientScope or Forbidden."""
         if token is None:
             raise TokenRequired if value is None else InvalidToken
         response = self._response_for(token)
@@ -130,7 +141,7 @@ class ForwardAuth(Endpoint):
                 raise Forbidden(asked.problem)
             if not asked.scopes <= response.scopes:
                 raise InsufficientScope(*sorted(asked.scopes))
-        return (*response.headers, (b"x-auth-expires", b"%d" % token.expires_at))
+        return response
 
     def _response_for(self, token: Token) -> _Response:
         user = self._tokens.owner(token)
