@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from tests.support.certificates import Certificate, make_certificate, make_expired
 from tests.support.journal import until
 from tests.support.ports import free_port
-from tests.support.servers import ROOT, TOKENAUTH, serve, worker, write_config
+from tests.support.servers import ROOT, TOKENAUTH, serve, write_config
 from tests.support.skipping import skip_without
 from tests.system.test_cli import environment, mistake, output, run
 from tests.system.test_terminal import on_terminal
@@ -161,13 +163,10 @@ def test_a_port_of_another_program_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_running_server_is_no_error(tmp_path: Path) -> None:
-    write_config(tmp_path)
-    with worker(tmp_path / "config.toml") as server:
-        own = tmp_path / "own.toml"
-        own.write_text((tmp_path / "config.toml").read_text() + f"\n[server]\nport = {server.port}\n")
-        own.chmod(0o600)
-        code, found = examined(tmp_path, "-c", "own.toml")
-    assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {server.port}")
+    port = free_port()
+    with serve(write_config(tmp_path, f"[server]\nport = {port}"), on_port=False):
+        code, found = examined(tmp_path)
+    assert (code, found["port"]["text"]) == (0, f"tokenauth serves on 127.0.0.1 port {port}")
 
 
 def test_a_running_server_that_is_not_ready_is_an_error(tmp_path: Path) -> None:
@@ -197,7 +196,8 @@ def test_a_server_of_another_configuration_uses_another_database(tmp_path: Path)
     with serve(path, on_port=False) as server:
         server.wait("started")
         _, found = examined(tmp_path, "-c", "other.toml")
-    assert found["port"]["text"] == f"tokenauth serves on 127.0.0.1 port {port}"
+    text = f"tokenauth serves on 127.0.0.1 port {port}, but not with other.toml: process"
+    assert found["port"]["text"].startswith(text)
     assert found["database"]["status"] == "ok"
     assert "other.db does not exist yet" in found["database"]["text"]
 
@@ -248,6 +248,77 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
     assert found["certificate"]["text"].startswith("its names and its end cannot be read: ")
     written(Certificate(made.certificate, tmp_path / "none"))
     assert "none cannot be read" in mistake(run(tmp_path, "check"))
+
+
+@pytest.mark.parametrize("before", ["http", "https"])
+def test_a_server_that_has_not_read_its_certificate_is_found(tmp_path: Path, before: str) -> None:
+    port, made = free_port(), make_certificate(tmp_path)
+    plain = f"[server]\nport = {port}\n"
+    old, new = (plain, plain + made.settings()) if before == "http" else (plain + made.settings(), plain)
+    with serve(write_config(tmp_path, old), on_port=False) as server:
+        server.wait("started")
+        write_config(tmp_path, new)
+        after = "https" if before == "http" else "http"
+        code, found = examined(tmp_path)
+        assert (code, found["port"]["status"], found["port"]["text"]) == (
+            0, "warning", f"tokenauth serves on 127.0.0.1 port {port}, and still speaks {before}, not {after}",
+        )  # fmt: skip
+        assert found["port"]["fix"] == "the file has changed since then: run `tokenauth reload`"
+        asked = run(tmp_path, "health", "--ready")
+        assert (asked.returncode, asked.stdout) == (0, "ready\n")
+        assert f"127.0.0.1:{port} still speaks {before}, not {after}; the file has changed" in asked.stderr
+        output(run(tmp_path, "reload"))
+        assert examined(tmp_path)[1]["port"]["status"] == "ok"
+        asked = run(tmp_path, "health")
+        assert (asked.stdout, asked.stderr) == ("ok\n", "")
+
+
+def test_a_certificate_that_is_not_served_yet_is_found(tmp_path: Path) -> None:
+    port, made = free_port(), make_certificate(tmp_path)
+    with serve(write_config(tmp_path, f"[server]\nport = {port}\n{made.settings()}"), on_port=False) as server:
+        server.wait("started")
+        assert examined(tmp_path)[1]["certificate"]["status"] == "ok"
+        renewed = make_expired(tmp_path, "400201000000Z")
+        renewed.certificate.replace(made.certificate)
+        renewed.key.replace(made.key)
+        _, found = examined(tmp_path)
+        assert (found["certificate"]["status"], found["certificate"]["fix"]) == ("warning", "reload")
+        assert (
+            "until 2040-02-01 00:00 UTC, but the server still serves another one, until 20"
+            in (found["certificate"]["text"])
+        )
+        output(run(tmp_path, "reload"))
+        assert examined(tmp_path)[1]["certificate"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(("days", "status"), [(13, "warning"), (15, "ok")])
+def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path, days: int, status: str) -> None:
+    end = time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + days * 86400))
+    write_config(tmp_path, f"[server]\nport = {free_port()}\n{make_expired(tmp_path, end).settings()}")
+    assert examined(tmp_path)[1]["certificate"]["status"] == status
+
+
+def test_the_alert_for_a_certificate_is_as_early_as_doctor() -> None:
+    alert = (ROOT / "docs" / "metrics.md").read_text()
+    assert f"expiry_timestamp_seconds - time() < {doctor.RENEWAL // 86400} * 86400\n" in alert
+
+
+def test_a_server_of_another_configuration_is_found(tmp_path: Path) -> None:
+    """Such as after `init` beside a server that runs."""
+    if not AVAILABLE:
+        skip_without("Linux", "run the tests on Linux")
+    port = free_port()
+    with serve(write_config(tmp_path, f"[server]\nport = {port}"), on_port=False) as server:
+        server.wait("started")
+        (tmp_path / "tokenauth.toml").write_text((tmp_path / "config.toml").read_text())
+        (tmp_path / "tokenauth.toml").chmod(0o600)
+        _, found = examined(tmp_path)
+        assert found["port"]["status"] == "warning"
+        text = f"tokenauth serves on 127.0.0.1 port {port}, but not with tokenauth.toml: process"
+        assert found["port"]["text"].startswith(text)
+        refused = mistake(run(tmp_path, "reload"))
+        assert re.search(r" (Process \d+ serves another file|Processes \d.* serve other files): name it", refused)
+        assert examined(tmp_path, "-c", "config.toml")[1]["port"]["status"] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -177,16 +177,16 @@ def test_without_a_server_the_command_fails(tmp_path: Path) -> None:
         "No server of this user serves config.toml: start one with `tokenauth serve`. "
         "If one runs, it is of another release: restart it."
     )
-    assert mistake(reload(tmp_path)) == expected
+    assert mistake(reload(tmp_path)).startswith(expected)
     other = tmp_path / "other"
     other.mkdir()
     write_config(other)
     with serving(config) as server:
-        assert mistake(reload(other)) == expected, "that of another configuration is left alone"
+        assert mistake(reload(other)).startswith(expected), "that of another configuration is left alone"
         assert output(reload(other, "-c", "../config.toml")).startswith("Reloaded by process")
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(30)
-    assert mistake(reload(tmp_path)) == expected, "a killed server leaves nothing behind"
+    assert mistake(reload(tmp_path)).startswith(expected), "a killed server leaves nothing behind"
     assert "none: No such file or directory" in mistake(reload(tmp_path, "-c", "none/config.toml"))
 
 

@@ -4,9 +4,12 @@ import asyncio
 import errno
 import re
 import shutil
+import socket
+import ssl
 import textwrap
 import time
 from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,7 +20,7 @@ import click
 from tokenauth import file_descriptors
 from tokenauth.audit import log as audit_log
 from tokenauth.cli.base import count, print_json
-from tokenauth.cli.health import ADDRESS_STAYS, ask
+from tokenauth.cli.health import ADDRESS_STAYS, RELOAD, ask, ask_before_reload, still_speaks
 from tokenauth.errors import ConfigError
 from tokenauth.logs import printable
 from tokenauth.models import PUT_DATABASE_BACK, DatabaseReport
@@ -39,10 +42,13 @@ _TRIAL = 64 << 10
 _LOW_LIMIT = 4096
 """Open files. Each connection is one."""
 
-_RENEWAL = 7 * 86400
-"""Seconds before its end at which a certificate should have been renewed."""
+RENEWAL = 14 * 86400
+"""Seconds before its end at which a certificate should have been renewed; the alert in docs/metrics.md has the same."""
 
 _FREE_SPACE = 'free some space: docs/production.md, "The disk is full"'
+
+_ANSWER_TIME = 5.0
+"""Seconds for a connection to the running server."""
 
 _SKEW = 2.0
 """Seconds by which the clocks of two machines may differ."""
@@ -194,7 +200,10 @@ def _port(settings: ServerSettings, path: Path) -> Finding:
         listen(settings).close()
     except (ConfigError, StartError) as error:
         if settings.port and _is_tokenauth(settings):
-            return _running("port", f"tokenauth serves on {where}", settings)
+            return _running("port", f"tokenauth serves on {where}", settings, path)
+        if settings.port and ask_before_reload(settings, "/").get("service") == "tokenauth":
+            text = f"tokenauth serves on {where}, and {still_speaks(settings)}"
+            return _of_another("port", text, path) or Finding("warning", "port", text, RELOAD)
         return _finding("error", "port", str(error))
     return _free("port", where, path)
 
@@ -214,9 +223,30 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
     if found.problem:
         return Finding("error", "certificate", f"clients refuse it: {found.problem}", fix, line)
     names = f"it is for {', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
-    if found.until.timestamp() - time.time() < _RENEWAL:
+    served = _served_until(settings) if not settings.socket and _is_tokenauth(settings) else None
+    if served is not None and served != found.until:
+        text = f"{names}, but the server still serves another one, until {served:%Y-%m-%d %H:%M} UTC"
+        return Finding("warning", "certificate", text, "reload", line)
+    if found.until.timestamp() - time.time() < RENEWAL:
         return Finding("warning", "certificate", names, fix, line)
     return Finding("ok", "certificate", names)
+
+
+def _served_until(settings: ServerSettings) -> datetime | None:
+    """Return the end of the certificate that is served at the address; None if none is, or it cannot be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    address = (settings.reachable_host, settings.port)
+    try:
+        with (
+            socket.create_connection(address, _ANSWER_TIME) as connection,
+            context.wrap_socket(connection) as served,
+        ):
+            context.verify_mode = ssl.CERT_REQUIRED  # with CERT_NONE, getpeercert() returns nothing
+            found = served.getpeercert() or {}
+            return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(found["notAfter"])), UTC)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _socket(settings: ServerSettings, path: Path) -> Finding:
@@ -232,7 +262,7 @@ def _socket(settings: ServerSettings, path: Path) -> Finding:
     if not served:
         return _free("socket", settings.socket, path)
     if _is_tokenauth(settings):
-        return _running("socket", f"tokenauth serves on {settings.socket}", settings)
+        return _running("socket", f"tokenauth serves on {settings.socket}", settings, path)
     return Finding("error", "socket", f"another program serves on {settings.socket}", "stop it, or use another path")
 
 
@@ -247,8 +277,22 @@ def _free(check: str, where: str, path: Path) -> Finding:
     return Finding("warning", check, text, f"restart it if the address was changed: {ADDRESS_STAYS}")
 
 
-def _running(check: str, text: str, settings: ServerSettings) -> Finding:
+def _of_another(check: str, text: str, path: Path) -> Finding | None:
+    """Say so if the server at the address uses another configuration file than this one."""
+    from tokenauth.server.control import AVAILABLE, describe_others, find_servers
+
+    if not AVAILABLE or find_servers(path):
+        return None
+    others = describe_others(path)
+    fix = "restart it with this file, or name its own file with --config"
+    return Finding("warning", check, f"{text}, but not with {path}{others and f': {others}'}", fix)
+
+
+def _running(check: str, text: str, settings: ServerSettings, path: Path) -> Finding:
     """Ask the running server whether it is ready: what keeps it from that may not show from here."""
+    other = _of_another(check, text, path)
+    if other is not None:
+        return other
     problem = ask(settings, "/readyz").get("reason")
     if problem is None:
         return Finding("ok", check, text)

@@ -44,7 +44,7 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     """
     if math.isnan(timeout):
         raise click.UsageError("--timeout: must be a number of seconds.")
-    path = None
+    path = settings = None
     if url is not None:
         where, connect = _of_url(url)
     else:
@@ -55,12 +55,16 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
         if not settings.socket and settings.port == 0:
             raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
         where, connect = _of_settings(settings)
+    target, expected = ("/readyz", "ready") if ready else ("/healthz", "ok")
     try:
-        status, body = _get(connect(timeout), "/readyz" if ready else "/healthz")
+        status, body = _get(connect(timeout), target)
     except (OSError, http.client.HTTPException) as error:
-        elsewhere = "" if path is None or not isinstance(error, OSError) else _elsewhere(path)
-        raise click.ClickException(printable(f"{where}: {_reason(error)}{elsewhere}")) from None
-    expected = "ready" if ready else "ok"
+        answer = None if settings is None else _get_before_reload(settings, target, timeout)
+        if settings is None or answer is None:
+            elsewhere = "" if path is None or not isinstance(error, OSError) else _elsewhere(path)
+            raise click.ClickException(printable(f"{where}: {_reason(error)}{elsewhere}")) from None
+        click.echo(f"Warning: {where} {still_speaks(settings)}; {RELOAD}.", err=True)
+        status, body = answer
     found = _read(body)
     if status != http.HTTPStatus.OK or found.get("status") != expected:
         reason = found.get("reason", f"the answer has status {status}, and is not that of tokenauth")
@@ -124,6 +128,30 @@ def ask(server: "ServerSettings", path: str) -> Mapping[str, str]:
     except (OSError, http.client.HTTPException):
         return {}
     return _read(body)
+
+
+RELOAD = "the file has changed since then: run `tokenauth reload`"
+
+
+def still_speaks(server: "ServerSettings") -> str:
+    """Return how a server answers that has not read a change of `tls_certificate` yet."""
+    return f"still speaks {'http, not https' if server.tls_certificate else 'https, not http'}"
+
+
+def ask_before_reload(server: "ServerSettings", path: str) -> Mapping[str, str]:
+    """Return what a server answers that has not read a change of `tls_certificate` yet; otherwise an empty object."""
+    answer = _get_before_reload(server, path, _ANSWER_TIME)
+    return {} if answer is None else _read(answer[1])
+
+
+def _get_before_reload(server: "ServerSettings", path: str, timeout: float) -> tuple[int, bytes] | None:
+    if server.socket:
+        return None
+    _, connect = _tcp(server.reachable_host, server.port, not server.tls_certificate)
+    try:
+        return _get(connect(timeout), path)
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _of_settings(server: "ServerSettings") -> tuple[str, Connect]:

@@ -7,6 +7,7 @@ server, and the database may be anywhere. Both sides ask the kernel which user i
 
 import os
 import pwd
+import re
 import socket
 import stat
 import struct
@@ -172,6 +173,19 @@ def find_servers(path: Path) -> Sequence[int]:
     return [int(name.removeprefix(prefix)) for name in _names(prefix)]
 
 
+def describe_others(path: Path) -> str:
+    """Return which servers of this user, or of anyone for root, serve other configuration files; "" if none does."""
+    own, found = _prefix(path, "reload"), set()
+    for prefix, pid in re.findall(r" @(tokenauth-reload-[0-9a-f]{32}-)(\d+)$", _sockets(), re.MULTILINE):
+        with suppress(OSError):
+            if prefix != own and os.geteuid() in {0, os.stat(f"/proc/{pid}").st_uid}:
+                found.add(pid)
+    if not found:
+        return ""
+    shown = ", ".join(sorted(found)[:3]) + ("..." if len(found) > 3 else "")
+    return f"process {shown} serves another file" if len(found) == 1 else f"processes {shown} serve other files"
+
+
 def ask_for_reload(path: Path) -> Mapping[int, ReloadAnswer]:
     """Have each running server of a configuration file reload it. Return the answers by process ID.
 
@@ -203,7 +217,9 @@ def _ask_all(path: Path, purpose: Purpose, type: type[_Answer]) -> Mapping[int, 
         names = [name for name in names if not _ask(name, path, answers)]
     if not answers:
         busy = " One, of whatever user, takes no more connections." if names else ""
-        raise StartError(f"No server of this user serves {path}: {_START}{busy}")
+        others = describe_others(path)
+        which = f" {others[0].upper()}{others[1:]}: name it with --config." if others else ""
+        raise StartError(f"No server of this user serves {path}: {_START}{which}{busy}")
     return {pid: _decode(pid, data, type) for pid, data in answers.items()}
 
 
@@ -274,10 +290,13 @@ def _prefix(path: Path, purpose: Purpose) -> str:
     return f"tokenauth-{purpose}-{digest[:32]}-"
 
 
+def _sockets() -> str:
+    return Path("/proc/net/unix").read_text(errors="surrogateescape")
+
+
 def _names(prefix: str) -> Sequence[str]:
     """Return the names of listening sockets that begin with the prefix."""
-    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
-    found = [line.rpartition(" @")[2] for line in lines if f" @{prefix}" in line]
+    found = [line.rpartition(" @")[2] for line in _sockets().splitlines() if f" @{prefix}" in line]
     return sorted({name for name in found if name.removeprefix(prefix).isdigit()})
 
 
