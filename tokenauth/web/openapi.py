@@ -289,7 +289,9 @@ def _responses(operation: Operation, schemas: _Schemas) -> Document:
 
 def _response(answers: Sequence[Answer], refusals: Sequence[type[errors.Refusal]], schemas: _Schemas) -> Document:
     """Describe all answers and refusals of one status."""
-    texts = [answer.text for answer in answers] + [_REFUSALS[kind][1] for kind in refusals]
+    alone = len(answers) + len(refusals) == 1
+    texts = [answer.text for answer in answers]
+    texts += [_REFUSALS[kind][1] if alone else f"`{kind.code}`: {_REFUSALS[kind][1]}" for kind in refusals]
     headers: Document = {}
     alternatives: dict[str, list[Document]] = {}
     examples: dict[str, dict[str, object]] = {}

@@ -99,6 +99,21 @@ def test_no_lock_is_closed_before_a_login(visit: Visit) -> None:
     expect(visit.page.locator(".opblock-summary .authorization__btn .unlocked")).to_have_count(locks.count())
 
 
+def test_the_example_of_a_refusal_is_folded(visit: Visit) -> None:
+    summary = visit.page.locator("[id$=logIn] " + _HEADING)
+    summary.click()
+    codes = visit.page.locator("[id$=logIn] .responses-table > tbody > tr")
+    expect(codes.first).to_have_attribute("data-code", "200")
+    expect(codes.first.locator("pre").first).to_contain_text("expiry_time")
+    refusal = visit.page.locator("[id$=logIn] .responses-table > tbody > tr[data-code='429']")
+    expect(refusal).to_contain_text("Too many failed logins.")
+    expect(refusal.locator("pre")).to_be_hidden()
+    refusal.get_by_text("Example", exact=True).click()
+    expect(refusal.locator("pre")).to_contain_text("too_many_attempts")
+    summary.click()
+    assert visit.errors == []
+
+
 @pytest.mark.faults  # slow: tests/wire/openapi/test_examples.py sends the same examples without a browser
 def test_the_login_example_and_authorize_work_on_the_page(visit: Visit) -> None:
     """Follows the text at the top of the page: log in with the example, and enter the token."""
