@@ -95,7 +95,7 @@ class UnknownMember(Refusal):
 class LoginNeeded(Forbidden):
     """A named token, or one that is limited to some scopes, asks for a new token."""
 
-    description = "A named token, or one with only some of your scopes, makes no tokens. Log in."
+    description = "A named token, or one with only some of your scopes, cannot create tokens. Log in first."
 
 
 class NameTaken(Refusal):
@@ -138,7 +138,7 @@ class NoFreeToken(Refusal):
 
     code = "no_free_token"
     description = "The pool has no free token."
-    of_members = "The pool has no free member that you may have now."
+    of_members = "The pool has no free member that you may lease now."
 
     def __init__(self, retry_after: int | None = None, description: str | None = None) -> None:
         super().__init__(description)
@@ -181,7 +181,7 @@ class RequestDiffers(Refusal):
     """The user has a request of this id for the pool, with other terms."""
 
     code = "request_differs"
-    description = "You sent a request of this id with other terms. Choose another id."
+    description = "You sent a request with this id and other values before. Choose another id."
 
 
 class TooManyPlaces(Refusal):

@@ -47,10 +47,10 @@ def audit_log() -> None:
 @click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(dir_okay=False, path_type=Path))
 @click.pass_context
 def audit_verify(context: click.Context, config_file: str | None, as_json: bool, files: tuple[Path, ...]) -> None:
-    """Find lines that were removed, changed or inserted. It goes on after each.
+    """Find lines that were removed, changed or inserted.
 
-    Without FILE it checks all files, and that the last line is there. Name other files oldest first. Exit with 1 if
-    something is wrong. It says what it cannot find.
+    It goes on after each of them. Without FILE, it checks all files, and that the last line is there. Name other files
+    oldest first. Exit with 1 if something is wrong. It says what it cannot find.
     """
     verdict = _chain(config_file, bool(files)).verify(files)
     if as_json:
@@ -132,10 +132,17 @@ def _describe_doubt(verdict: "Verdict", other_files: bool) -> str:
 @audit_log.command("tail", epilog="Example: tokenauth audit tail --since 2h --user ann")
 @config_option
 @click.option("-n", "--lines", metavar="N", type=click.IntRange(0), help="At most N acts. Default: 20, or all --since.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
-@click.option("--user", "username", metavar="NAME", help="Only acts by this user, or on something of this user.")
+@click.option("-f", "--follow", is_flag=True, help="Then show new acts, until Ctrl-C.")
+@click.option("--user", "username", metavar="NAME", help="Only acts by this user, or on what is this user's.")
 @click.option("--since", metavar="DURATION", help="Only the last 2h, 30m, 7d.")
-@click.option("--action", "actions", multiple=True, type=click.Choice(ACTIONS), help="Only this. Repeat for several.")
+@click.option(
+    "--action",
+    "actions",
+    multiple=True,
+    metavar="ACTION",
+    type=click.Choice(ACTIONS),
+    help="Only this action, such as login. Repeat for several.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are in the file.")
 @click.pass_context
 def audit_tail(

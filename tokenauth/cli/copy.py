@@ -38,8 +38,8 @@ _INTERVAL = 10.0
 def copy(config_file: str | None, source: str | None, target: str, as_json: bool) -> None:
     """Copy everything to another database.
 
-    Tokens, pools, leases, places in line and throttled logins: nobody has to log in again. Between SQLite and
-    PostgreSQL, in both directions, or from one to another of its kind.
+    It copies tokens, pools, leases, places in line and throttled logins, so nobody has to log in again. It copies
+    between SQLite and PostgreSQL, in both directions, or to another database of the same kind.
 
     Run it while the server runs, then stop the server and run it again: it copies what has changed, and compares all
     rows. It exits with 3 while the source is in use. After an interruption, run it again: it goes on. The source and

@@ -37,7 +37,7 @@ Connect = Callable[[float], http.client.HTTPConnection]
 @click.option("--ready", is_flag=True, help="Ask whether it can serve, and not only whether it answers.")
 @click.option("--timeout", metavar="SECONDS", type=click.FloatRange(0.1, 60), default=5.0, show_default=True)
 def health(config_file: str | None, url: str | None, ready: bool, timeout: float) -> None:
-    """Ask the running server whether it is well. Exit with 1 if it is not.
+    """Check that the running server answers. Exit with 1 if it does not.
 
     It asks GET /healthz, or with --ready GET /readyz, at the address in the configuration. If the server was started
     with --host or --port, or with port 0, name its address with --url.

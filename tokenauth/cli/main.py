@@ -74,7 +74,7 @@ for command in (init, health, systemd_unit, copy, user, tokens, pool, throttle, 
 def serve(config_file: str | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Run the server.
 
-    SIGTERM, Ctrl-C or the end of its terminal stops it. SIGHUP reloads the configuration without dropping a request.
+    Stop it with SIGTERM or Ctrl-C, or close its terminal. SIGHUP reloads the configuration without dropping a request.
     """
     logs.configure()
     try:
@@ -157,10 +157,10 @@ _PRIVATE = (
 @main.command(epilog="Example: tokenauth reload --config /etc/tokenauth/config.toml")
 @config_option
 def reload(config_file: str | None) -> None:
-    """Have the running server use the changed configuration.
+    """Reload the configuration of the running server.
 
-    Wait until it does, or says why it does not: then it goes on with the old one, and the command exits with 1. Run it
-    as the user of the service, or as root. It finds the server by the configuration file.
+    Wait for the result. A server that refuses the new configuration keeps the old one: the command says why, and exits
+    with 1. Run it as the user of the service, or as root. It finds the server by the configuration file.
     """
     from tokenauth.server.control import ask_for_reload
     from tokenauth.settings import loader
@@ -190,8 +190,8 @@ def reload(config_file: str | None) -> None:
 def doctor(config_file: str | None, as_json: bool) -> None:
     """Check the configuration, the database and this machine.
 
-    Each line says what to do. Exit with 1 if there is an error: something with which the service cannot start or cannot
-    work. Changes nothing. Run it as the user of the service and in its directory.
+    Each line says what to do. Exit with 1 if there is an error: something that keeps the service from starting or
+    working. Changes nothing. Run it as the user of the service and in its directory.
     """
     from tokenauth.cli.doctor import diagnose
 
@@ -204,8 +204,8 @@ def doctor(config_file: str | None, as_json: bool) -> None:
 def migrate(config_file: str | None, yes: bool) -> None:
     """Upgrade the database schema.
 
-    `tokenauth serve` does the same when it starts. An upgrade is logged as `schema_upgraded`. Servers may run
-    meanwhile, unless the upgrade starts a new generation: then stop those of the older release first. On a terminal,
+    `tokenauth serve` does the same when it starts. An upgrade is logged as `schema_upgraded`. Servers can keep
+    running, unless the upgrade starts a new generation: then stop those of the older release first. On a terminal,
     it asks before that, unless --yes.
     """
     logs.configure(direct=True)

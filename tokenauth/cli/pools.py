@@ -76,8 +76,8 @@ async def _count(service: "Service", pool: "Pool") -> dict[str, Any]:
 def pool_show(config_file: str | None, as_json: bool, name: str, after: str, full: bool) -> None:
     """List the tokens of a pool and who holds them.
 
-    The beginning of a token is enough for `pool release` and `pool delete`. At most 1,000; continue with --after and
-    the last one. The tokens of a pool with members are ordered by name, and all of them are shown.
+    The beginning of a token is enough for `pool release` and `pool delete`. It lists at most 1,000: continue with
+    --after and the last token. Of a pool with members it lists all, ordered by name.
     """
 
     async def list_tokens(service: "Service") -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
@@ -139,7 +139,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def pool_line(config_file: str | None, as_json: bool, name: str) -> None:
     """List who waits for tokens of a pool, in order.
 
-    At most 1,000. A higher priority comes before a longer wait: one point counts as a minute.
+    It lists at most 1,000. A higher priority comes before a longer wait: one point counts as a minute.
     """
 
     async def list_line(service: "Service") -> tuple[int, list[dict[str, Any]]]:
@@ -257,7 +257,7 @@ def pool_reserve(
 ) -> None:
     """Keep a member from being leased for some time.
 
-    A lease that it has goes on. Nobody gets it after that, until the reservation ends.
+    If the member is leased, that lease goes on. After it, no one can lease the member until the reservation ends.
     """
     from tokenauth.pools import check_label
     from tokenauth.settings import durations

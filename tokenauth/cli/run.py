@@ -78,7 +78,7 @@ class _Number(click.IntRange):
     epilog="Example: tokenauth run --pool licences --wait 10m -- make test",
 )
 @click.option(
-    "--url", metavar="URL", envvar="TOKENAUTH_URL", show_envvar=True, required=True, help="Where the server is."
+    "--url", metavar="URL", envvar="TOKENAUTH_URL", show_envvar=True, required=True, help="Address of the server."
 )
 @click.option("--pool", metavar="NAME", required=True, help="The pool to lease from.")
 @click.option(
@@ -103,7 +103,9 @@ class _Number(click.IntRange):
     default=0,
     help="A higher one is served earlier. Above 0, you must be a manager of the pool. Default: 0.",
 )
-@click.option("--ttl", metavar="DURATION", type=_Duration(), help="Length of the lease. Default and most: the pool's.")
+@click.option(
+    "--ttl", metavar="DURATION", type=_Duration(), help="Length of the lease. Default and maximum: that of the pool."
+)
 @click.option("--holder", metavar="TEXT", help="What others see as the holder of the lease. Default: the user.")
 @click.option(
     "--kill-after",
@@ -120,18 +122,24 @@ class _Number(click.IntRange):
 )
 @click.argument("command", nargs=-1, required=True, metavar="[--] COMMAND [ARGUMENT]...")
 def run(url: str, kill_after: float, on_lost: str, command: tuple[str, ...], **terms: Any) -> None:
-    """Run COMMAND while a token of a pool is leased.
+    r"""Run COMMAND while a token of a pool is leased.
 
-    A client of the server at --url: it needs no configuration file. It logs in with a named token in $TOKENAUTH_TOKEN,
-    or with $TOKENAUTH_USERNAME and $TOKENAUTH_PASSWORD. $TOKENAUTH_TOKEN_FILE and $TOKENAUTH_PASSWORD_FILE name files
-    that contain them.
+    It is a client of the server at --url and needs no configuration file. It logs in with a named token in
+    $TOKENAUTH_TOKEN, or with $TOKENAUTH_USERNAME and $TOKENAUTH_PASSWORD. $TOKENAUTH_TOKEN_FILE and
+    $TOKENAUTH_PASSWORD_FILE name files that contain them.
 
     The command gets $TOKENAUTH_LEASE_TOKEN, $TOKENAUTH_LEASE_FENCE, $TOKENAUTH_LEASE_POOL and
     $TOKENAUTH_LEASE_MEMBER.
 
-    The exit status is that of the command, 128 + the number of the signal that ended it, or: 75 no token was free in
-    time, 76 the lease was lost, 69 the server is away, 77 no permission, 64 wrong usage, 70 the process that guards
-    COMMAND was killed.
+    The exit status is that of the command, 128 + the number of the signal that ended it, or:
+
+    \b
+    64  wrong usage
+    69  the server cannot be reached
+    70  the process that guards COMMAND was killed
+    75  no token was free in time
+    76  the lease was lost
+    77  no permission
     """
     login = _take_login()
     kill = on_lost == "kill"

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @click.group(cls=CommandGroup)
 def throttle() -> None:
-    """List who has to wait after failed logins, and clear that.
+    """List and clear throttled logins.
 
-    Running servers apply it at once.
+    Running servers apply each change at once.
     """
 
 
@@ -37,10 +37,10 @@ def throttle() -> None:
 @config_option
 @json_option
 def throttle_list(config_file: str | None, as_json: bool) -> None:
-    """List whom the server has refused and who still has to wait.
+    """List the users and networks that must wait after failed logins.
 
-    The longest wait first, at most 100. Names that no user has are not shown: they may be passwords. Run it as the user
-    of the service, or as root. It finds the server by the configuration file, as `tokenauth reload` does.
+    The longest wait is first. It lists at most 100. Names of unknown users are not shown: they may be passwords. Run it
+    as the user of the service, or as root. It finds the server by the configuration file, as `tokenauth reload` does.
     """
     rows: list[dict[str, Any]] = [
         {**each._asdict(), "until": math.ceil(each.until)} for each in _find_throttled(config_file)
@@ -62,9 +62,9 @@ _WHO = {"network": "(everyone)", "unknown": "(unknown names)"}
 def throttle_clear(config_file: str | None, who: str, address: str | None) -> None:
     """Forget the failed logins of a user, or of a network as a whole.
 
-    The next login is checked at once. Of a user, it clears each address in `tokenauth throttle list`, also if the wait
-    was over in the last hour, or with --from that one. A network is one from there: a /24 or /16, or an IPv6 /64 or
-    /48. Exit with 1 if nothing was counted.
+    The next login is checked at once. For a user, it clears the addresses in `tokenauth throttle list`, and those where
+    the wait ended within the last hour; with --from, that address only. A network is a /24 or /16, or an IPv6 /64 or
+    /48. Exit with 1 if no failed login is counted there.
     """
     from tokenauth.addresses import is_address, network, read_range
     from tokenauth.settings.model import canonical

@@ -82,7 +82,7 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
     """Issue a named token and print it.
 
     Only the token goes to standard output, so that it can be piped to where it is needed. It cannot be shown again.
-    Without --scope it has all scopes that the user has whenever it is used.
+    Without --scope, it always has all scopes of its user.
     """
     from tokenauth.settings.model import canonical
 
@@ -115,7 +115,7 @@ def tokens_issue(config_file: str | None, username: str, name: str, scopes: tupl
 def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
     """Print a successor of the named token ID.
 
-    It has the same name, scopes and length of life. Only the token goes to standard output. The old one ends after the
+    It has the same name, scopes and lifetime. Only the token goes to standard output. The old token ends after the
     overlap.
     """
     try:
@@ -139,10 +139,10 @@ def tokens_rotate(config_file: str | None, id_: str, overlap: str) -> None:
 def tokens_scan(
     context: click.Context, config_file: str | None, as_json: bool, revoke: bool, files: tuple[str, ...]
 ) -> None:
-    """Find live tokens in files or, without any, in standard input.
+    """Find live tokens in files, or in standard input.
 
-    They are listed as by `tokens list`, without their values. Exit with 3 if there are any, also with --revoke, or
-    else with 1 if a file cannot be read.
+    It lists them as `tokens list` does, without their values. Exit with 3 if it finds any, also with --revoke. Exit
+    with 1 if it finds none and a file cannot be read.
     """
     unreadable: list[str] = []
 
@@ -187,9 +187,9 @@ def tokens_revoke(
     reason: str | None,
     yes: bool,
 ) -> None:
-    """Revoke tokens, logins and named ones: of one user, by id, or all.
+    """Revoke login and named tokens: of a user, by id, or all.
 
-    Leases go on without --leases: after a new login, their clients can extend them. Exit with 1 if there is nothing to
+    Without --leases, leases go on: after a new login, their clients can extend them. Exit with 1 if there is nothing to
     end.
     """
     from tokenauth.settings.model import canonical

@@ -36,8 +36,8 @@ def _say_saved(config_file: str | None, until: str) -> None:
 def user() -> None:
     """Edit the users in config.toml.
 
-    Comments stay. A running server applies the change when you reload it. Users of a users_file are listed, and not
-    edited: run htpasswd for these.
+    Comments in the file are kept. A running server applies the change when you reload it. Users of a users_file are
+    only listed: edit these with htpasswd.
     """
 
 
@@ -78,7 +78,7 @@ def user_passwd(config_file: str | None, password_stdin: bool, name: str) -> Non
 @click.argument("name")
 @click.option("--scope", "scopes", multiple=True, metavar="SCOPE", help="A scope of the user. Repeat for several.")
 def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...]) -> None:
-    """Replace the scopes of NAME. Without --scope, it has none.
+    """Replace the scopes of NAME. Without --scope, the user has none.
 
     The next reload applies them to existing tokens, too.
     """
@@ -96,8 +96,8 @@ def user_set_scopes(config_file: str | None, name: str, scopes: tuple[str, ...])
 def user_remove(config_file: str | None, name: str) -> None:
     """Remove the user NAME.
 
-    The next reload ends their tokens as long as they are not in the file. `tokenauth tokens revoke --user NAME
-    --leases` after it ends these for good, and their leases.
+    After the next reload, the tokens of the user are refused while the user is not in the file. To end them for good,
+    and the leases too, run `tokenauth tokens revoke --user NAME --leases` after the reload.
     """
     from tokenauth.settings.user_editor import UserEditor
 

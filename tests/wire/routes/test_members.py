@@ -12,7 +12,7 @@ from tests.support.servers import HandClock, Server
 DAY = 86400
 NONE_FREE = (
     409,
-    {"error": "no_free_token", "error_description": "The pool has no free member that you may have now."},
+    {"error": "no_free_token", "error_description": "The pool has no free member that you may lease now."},
 )
 
 
