@@ -248,6 +248,8 @@ class IssuerUnavailable(RetryLater):
 
     code = "issuer_unavailable"
     description = "tokenauth is unreachable; the token was not checked."
+    distrust = ""
+    """Why this client does not trust the certificate of the server, if that is the reason."""
 
 
 class StoreUnavailable(RetryLater):

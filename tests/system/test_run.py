@@ -1,17 +1,21 @@
 """`tokenauth run`: a command that runs while a token is leased, and is dead when the lease is over."""
 
 import asyncio
+import calendar
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.certificates import Certificate, make_certificate
 from tests.support.connections import Connection
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
@@ -22,7 +26,10 @@ from tests.support.tcp_proxy import Proxy
 from tests.support.wrapped import LOGIN, Wrapper, ended, guard_of, wrapping
 from tests.system.test_terminal import OnTerminal, on_terminal
 from tokenauth.cli.guard import Command, Terminal
+from tokenauth.client import PoolClient, RemoteTokens, TokenAuth
 from tokenauth.clock import boottime
+from tokenauth.errors import IssuerUnavailable
+from tokenauth.models import Login
 
 TTL = 2
 """Seconds that a lease lasts."""
@@ -353,14 +360,21 @@ def test_several_tokens_are_lists_of_words(wrap: Wrapper, admin: PoolUser) -> No
 
 def test_a_lost_network_kills_before_anyone_gets_the_token(wrap: Wrapper, admin: PoolUser, network: Proxy) -> None:
     run = wrap("--pool", "permit", "--kill-after", "0.5s", *STUBBORN)
-    command = run.command()
+    command, began = run.command(), time.time()
     network.cut()
     rival_leases(admin)
     assert ended(command)
     assert "got TERM" in run.out, "it had time to stop"
     network.heal()
     assert run.wait() == 76
-    assert run.err.endswith("Error: The lease could not be kept, so the command was ended.\n")
+    said = "Error: The lease could not be kept, so the command was ended. The server at http://"
+    since = (
+        r"\S+ could not be reached, or has not answered as tokenauth does, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\.\n"
+    )
+    found = re.search(re.escape(said) + since, run.err)
+    assert found, run.err
+    instant = calendar.timegm(time.strptime(found[0][-25:-6], "%Y-%m-%d %H:%M:%S"))
+    assert int(began) <= instant <= time.time()
     assert is_leased(admin, "permit"), "the lease of the rival was not released"
 
 
@@ -624,3 +638,69 @@ def test_without_httpx_it_names_the_extra(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 64
     assert done.stderr.endswith("the extra `client` of tokenauth-server; in a checkout, `make install`.\n")
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Certificate]]:
+    """Serve https with a certificate that is signed by itself."""
+    home = tmp_path_factory.mktemp("secured")
+    made = make_certificate(home)
+    config = write_config(home, f"[server]\n{made.settings()}[pools.permit]\ncapacity = 1\nprefill = true")
+    with serve(config) as running:
+        yield f"https://127.0.0.1:{running.port}", made
+
+
+@pytest.mark.parametrize("token", [False, True], ids=["a_password", "a_token"])
+def test_a_certificate_that_is_not_trusted_is_named(
+    wrap: Wrapper, secured: tuple[str, Certificate], token: bool
+) -> None:
+    """At once, however long it may wait."""
+    url, _ = secured
+    login = {"TOKENAUTH_TOKEN": "a" * 64} if token else {}
+    run = wrap("--pool", "permit", "--wait", "10m", "true", url=url, SSL_CERT_FILE="", **login)
+    assert run.wait() == 69
+    fix = "name the file of its issuer's certificate in SSL_CERT_FILE"
+    problem = f"Error: The server at {url} has a certificate that is not trusted: self-signed certificate: {fix}.\n"
+    assert run.err.replace("self signed", "self-signed") == problem
+
+
+def test_the_file_of_an_issuer_is_trusted(wrap: Wrapper, secured: tuple[str, Certificate]) -> None:
+    url, made = secured
+    run = wrap("--pool", "permit", "echo", "leased", url=url, SSL_CERT_FILE=str(made.certificate))
+    assert (run.wait(), run.out, run.err) == (0, "leased\n", "")
+
+
+@pytest.mark.parametrize("name", ["none", "one.key"])
+def test_a_file_that_has_no_certificate_is_wrong_usage(
+    wrap: Wrapper, secured: tuple[str, Certificate], name: str
+) -> None:
+    url, made = secured
+    file = made.certificate.with_name(name)
+    run = wrap("--pool", "permit", "true", url=url, SSL_CERT_FILE=str(file))
+    assert run.wait() == 64
+    assert f"Error: SSL_CERT_FILE: {file} cannot be used: " in run.err
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_clients_of_python_trust_that_issuer(
+    secured: tuple[str, Certificate], trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, made = secured
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", str(made.certificate) if trusted else "")
+    auth = TokenAuth(url, "ann", "ann-secret")
+
+    async def identify() -> Login | None:
+        async with RemoteTokens(url) as tokens:
+            return await tokens.identify(b"a" * 64)
+
+    with nullcontext() if trusted else pytest.raises(IssuerUnavailable):
+        assert asyncio.run(identify()) is None
+    with PoolClient(url, auth=auth) as pools:
+        if trusted:
+            with pools.lease("permit") as lease:
+                assert lease.failing_since is None
+        else:
+            with pytest.raises(IssuerUnavailable) as refused, pools.lease("permit", wait=600):
+                pass
+            assert "SSL_CERT_FILE" in refused.value.distrust

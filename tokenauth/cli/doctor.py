@@ -229,7 +229,10 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
         return Finding("warning", "certificate", text, "reload", line)
     if found.until.timestamp() - time.time() < RENEWAL:
         return Finding("warning", "certificate", names, fix, line)
-    return Finding("ok", "certificate", names)
+    distrust = tls.find_distrust(pair)
+    text = f"{names}; programs of this machine do not trust it: {distrust}" if distrust else names
+    fix = 'clients need the certificate of its issuer: docs/clients.md, "A certificate of your own issuer"'
+    return Finding("ok", "certificate", text, fix if distrust else "")
 
 
 def _served_until(settings: ServerSettings) -> datetime | None:

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,9 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
             return AsyncPoolClient(url, headers={"X-Token": token})
         auth = TokenAuth(url, login["TOKENAUTH_USERNAME"], login["TOKENAUTH_PASSWORD"])
         return AsyncPoolClient(url, auth=auth, log_out=True)
+    except OSError as error:  # ssl.SSLError is one, for a file that has no certificate
+        file = os.environ.get("SSL_CERT_FILE", "")
+        raise _WrongUsage(f"SSL_CERT_FILE: {file} cannot be used: {error.strerror or error}.") from None
     except ValueError as error:
         raise _WrongUsage(str(error)) from None
 
@@ -247,7 +251,7 @@ class _Run:
         self._kills = kill
         self._started = False
         self._lease_lost = False
-        self._lost_reason = ""
+        self._lease: AsyncLease | None = None
         self._signal: signal.Signals | None = None
         self._outcome: tuple[int, str] | None = None  # once the command has ended
         self._main_task: asyncio.Task[tuple[int, str]] | None = None
@@ -258,11 +262,11 @@ class _Run:
             return asyncio.Runner().run(self._main(pools))
         except errors.NoFreeToken:
             return os.EX_TEMPFAIL, f"Could not get {self._what} in time."
-        except errors.IssuerUnavailable:
-            return (
-                os.EX_UNAVAILABLE,
-                f"The server at {self._url} cannot be reached, or does not answer as tokenauth does.",
-            )
+        except errors.IssuerUnavailable as error:
+            problem = "cannot be reached, or does not answer as tokenauth does"
+            if error.distrust:
+                problem = f"has a certificate that is not trusted: {error.distrust}"
+            return os.EX_UNAVAILABLE, f"The server at {self._url} {problem}."
         except errors.Refusal as error:
             kind = next(kind for kind in type(error).__mro__ if kind in _STATUSES)
             return _STATUSES[kind], str(error)
@@ -291,9 +295,9 @@ class _Run:
         if ended.problem:
             return ended.status, f"{self._command}: {ended.problem}."
         if ended.lease_over:
-            return _LEASE_LOST, f"The lease could not be kept, so the command was ended.{self._lost_reason}"
+            return _LEASE_LOST, f"The lease could not be kept, so the command was ended.{self._describe_loss()}"
         if self._lease_lost:
-            return ended.status or _LEASE_LOST, f"The lease was lost while the command ran.{self._lost_reason}"
+            return ended.status or _LEASE_LOST, f"The lease was lost while the command ran.{self._describe_loss()}"
         return ended.status, ""
 
     async def _run_command(self, lease: "AsyncLease") -> Ended:
@@ -305,7 +309,7 @@ class _Run:
             "TOKENAUTH_LEASE_MEMBER": " ".join(grant.name or "" for grant in lease.grants).strip(),
         }
         kill_after = min(self._kill_after, lease.ttl / 3)
-        self._started = True
+        self._started, self._lease = True, lease
         lease.on_change = lambda: self._follow(lease)
         try:
             return await self._command.run(environment, lease.ttl, lease.ends_at, kill_after)
@@ -318,10 +322,21 @@ class _Run:
             self._command.extend(lease.ends_at)
         elif not self._lease_lost:
             self._lease_lost = True
-            self._lost_reason = f" {lease.lost_reason}" if lease.lost_reason else ""
             self._command.end()
             if not self._kills:
-                _complain(f"The lease is lost. The command goes on without it.{self._lost_reason}")
+                _complain(f"The lease is lost. The command goes on without it.{self._describe_loss()}")
+
+    def _describe_loss(self) -> str:
+        """Return what the server has said of the end of the lease, or since when it has not answered."""
+        if self._lease is None:
+            return ""
+        if self._lease.lost_reason:
+            return f" {self._lease.lost_reason}"
+        if self._lease.failing_since is None:
+            return ""
+        since = time.gmtime(time.time() - (boottime() - self._lease.failing_since))
+        problem = "could not be reached, or has not answered as tokenauth does"
+        return f" The server at {self._url} {problem}, since {time.strftime('%Y-%m-%d %H:%M:%S', since)} UTC."
 
     def _take_signal(self, number: signal.Signals) -> None:
         """Pass a signal on to the command. Before it is started, stop waiting; the second signal exits at once.

@@ -278,7 +278,7 @@ def _outcome(login_request: httpx.Request, reply: _Reply) -> _Outcome:
     if isinstance(reply, httpx.HTTPStatusError):  # raised by a hook of the client
         reply = reply.response
     if isinstance(reply, httpx.HTTPError | httpx.StreamError):
-        return IssuerUnavailable()
+        return issuer.unavailable(reply)
     if not isinstance(reply, httpx.Response):
         return None
     if reply.request is not login_request:  # redirected, to any server

@@ -1,11 +1,13 @@
 """What the clients share about the server: the form of its URL, and the bodies of its responses."""
 
-from typing import Annotated, TypeVar
+import ssl
+from typing import Annotated, TypeVar, cast
 
 import httpx
 import msgspec
 
 from tokenauth import values
+from tokenauth.errors import IssuerUnavailable
 from tokenauth.models import Identity, Login, Token, public_id
 
 Body = TypeVar("Body")
@@ -69,6 +71,23 @@ def read(response: httpx.Response, body: type[Body]) -> Body:
         return msgspec.json.decode(response.content, type=body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise ValueError("this is not a response of tokenauth") from None
+
+
+_UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+"""What OpenSSL says of a certificate that no trusted one has signed: X509_V_ERR_..._SELF_SIGNED_..., ..._ISSUER_...."""
+
+
+def unavailable(error: Exception) -> IssuerUnavailable:
+    """Return the refusal for a request that was not answered."""
+    refusal, cause = IssuerUnavailable(), cast("BaseException | None", error)
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        refusal.distrust = refusal.distrust or getattr(cause, "distrust", "")
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        unknown = cause.verify_code in _UNKNOWN_ISSUER
+        fix = ": name the file of its issuer's certificate in SSL_CERT_FILE" if unknown else ""
+        refusal.distrust = f"{cause.verify_message.rstrip('.')}{fix}"
+    return refusal
 
 
 def retry_after(response: httpx.Response) -> int | None:

@@ -136,6 +136,8 @@ class ClientLease(Generic[Event]):
     * **ends_at** - When it ends unless it is kept alive again, by the `monotonic` clock of the client.
     * **lost_reason** - What the server said when it refused to keep the lease alive, else `None`. If a manager has
     ended the lease, it names the manager and the reason.
+    * **failing_since** - When the first of the keep-alives was sent that the server has not answered as tokenauth
+    does, by the `monotonic` clock of the client; `None` if it has answered the last one.
     * **on_change** - Called after each change of `ends_at`, and when the lease is lost, if you set it.
     * **lost** - An event that is set as soon as the program can no longer rely on the lease: its time is up by the
     program's own clock, the server says that it is over, or the token was released. It is never cleared. With several
@@ -153,6 +155,7 @@ class ClientLease(Generic[Event]):
         self.labels: tuple[str, ...] = ()
         self.ttl = math.inf
         self.lost_reason: str | None = None
+        self.failing_since: float | None = None
         self.on_change: Callable[[], object] | None = None
         self._terms = terms
         self._pool_url = f"/api/pools/{terms.pool}"
@@ -239,8 +242,10 @@ class ClientLease(Generic[Event]):
 
     def _not_answered(self, error: httpx.HTTPError | errors.IssuerUnavailable) -> float:
         """Return the seconds to wait before asking again. Raises IssuerUnavailable when the wait is over."""
-        unavailable = errors.IssuerUnavailable()
+        unavailable = issuer.unavailable(error)
         unavailable.__cause__ = error
+        if unavailable.distrust and not self._in_line:  # waiting does not help
+            raise unavailable
         return self._repeat(unavailable)
 
     def _repeat(self, error: errors.IssuerUnavailable) -> float:
@@ -299,15 +304,20 @@ class ClientLease(Generic[Event]):
     def _kept_alive(self, held: _Held, response: httpx.Response | None) -> None:
         """Read the response, if there is one. After the lease is lost, it changes nothing."""
         held.keep_alive_at = self._monotonic() + _random(min(1, self.ttl / 10))
+        if self.failing_since is None:
+            self.failing_since = self._sent_at
         try:
             answer = _read(response) if response is not None else None
         except _LOST as refusal:
             held.over = True
+            self.failing_since = None
             self.lost_reason = str(refusal)
             self._lose()
         except errors.Refusal:
             return
         else:
+            if isinstance(answer, list):
+                self.failing_since = None
             if isinstance(answer, list) and not self._check_lost():
                 held.extend(answer[0], self._sent_at)
                 self._changed()

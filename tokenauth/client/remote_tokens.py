@@ -111,7 +111,9 @@ class RemoteTokens:
         self._timeout = timeout
         self._own_client = client is None
         self._client = client or httpx.AsyncClient(
-            trust_env=False, limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEEPALIVE_EXPIRY)
+            trust_env=False,
+            verify=httpx.create_ssl_context(),  # with SSL_CERT_FILE of the environment, but without its proxies
+            limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEEPALIVE_EXPIRY),
         )
         self._clock = clock
         self._monotonic = monotonic

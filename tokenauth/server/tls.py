@@ -161,6 +161,17 @@ class Validity:
             self.problem = "certificate is not yet valid"
 
 
+def find_distrust(pair: KeyPair) -> str:
+    """Return why a program that trusts the issuers of this machine does not trust this certificate; "" if it does."""
+    client = ssl.create_default_context()
+    client.check_hostname = False
+    try:
+        _handshake(create_context(pair), client)
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    return ""
+
+
 def _handshake(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> dict[str, Any]:
     """Return the certificate as the client sees it. Raises ssl.SSLError."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
