@@ -82,7 +82,7 @@ class NamedTokens:
 
     @finished
     async def rotate(self, id: str, username: str | None, overlap: Duration, requester: Requester) -> IssuedToken:
-        """Return a successor of the token with this public id, with the same name, scopes and length of life.
+        """Return a successor of the token with this public id, with the same name, scopes and lifetime.
 
         The token itself ends after `overlap`; 0 is at once. It cannot be rotated again. `username` None: it may be any
         user's.

@@ -350,7 +350,7 @@ MY_TOKENS = Section(
                 path="/api/tokens/{id}/rotate",
                 id="rotateNamedToken",
                 title="Rotate a named token",
-                text="Returns a new token with the same name, scopes and length of life. The old one ends after"
+                text="Returns a new token with the same name, scopes and lifetime. The old one ends after"
                 " `overlap`; without one, at once. The request needs the token of a login.",
                 parameters=[Parameter("id", "The `id` of the token, from the list.", str, _NAMED_ID)],
                 body=account.RotateRequest,

@@ -123,7 +123,7 @@ function NamedTokens({ tokens, me }) {
   const rotate = (token) =>
     ask({
       title: `Rotate ${token.name}?`,
-      text: "You get a new token with the same name, scopes and length of life.",
+      text: "You get a new token with the same name, scopes and lifetime.",
       fields: [
         {
           name: "overlap",
