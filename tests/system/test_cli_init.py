@@ -45,6 +45,21 @@ def test_the_configuration_differs_from_the_defaults_only_in_its_user(tmp_path: 
     assert written == Settings(users=written.users)
 
 
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("none/x.toml", "cannot be created: create its directory, or name another file with --config"),
+        ("file/x.toml", "cannot be created: file is not a directory; name another file with --config"),
+        ("/proc/x.toml", "cannot be created: No such file or directory"),
+    ],
+    ids=["missing", "a_file", "not_writable"],
+)
+def test_a_place_where_no_file_can_be_is_named(tmp_path: Path, path: str, problem: str) -> None:
+    """Before it asks for a password, if it can be known then."""
+    (tmp_path / "file").touch()
+    assert mistake(run(tmp_path, "init", "--yes", "-c", path)) == f"{path}: {problem}"
+
+
 def test_settings_can_be_named(tmp_path: Path) -> None:
     named = ["server.port=8001", 'server.trusted_proxies=["10.0.0.1"]', "browser.url=https://auth.example.com"]
     options = [word for setting in named for word in ("--set", setting)]

@@ -42,7 +42,7 @@ class CommandGroup(click.Group):
             return super().main(*args, **kwargs)
         except OSError as error:  # of the output of --help and --version
             with suppress(OSError):
-                click.echo(f"Error: {printable(str(error))}", err=True)
+                click.echo(f"Error: {_word(error)}", err=True)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -56,9 +56,15 @@ class CommandGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader closed the pipe: click exits quietly
                 raise
-            raise click.ClickException(printable(str(error))) from None
+            raise click.ClickException(_word(error)) from None
         except UnicodeError:
             raise click.ClickException("The input is not UTF-8.") from None
+
+
+def _word(error: OSError) -> str:
+    """Return which file an error of the system is about, and what it is, without its number."""
+    file = "" if error.filename is None else f"{error.filename}: "
+    return printable(f"{file}{error.strerror}" if error.strerror else str(error))
 
 
 config_option = click.option(

@@ -51,6 +51,9 @@ def init(config_file: str | None, username: str | None, password_stdin: bool, se
     path = Path(config_file or os.environ.get("TOKENAUTH_CONFIG") or loader.OWN)
     if path.exists() or path.is_symlink():
         raise ConfigError(f"{path}: exists, and init overwrites nothing; edit it, or name another file with --config")
+    if not path.parent.is_dir():
+        problem = f"{path.parent} is not a directory;" if path.parent.exists() else "create its directory, or"
+        raise ConfigError(f"{path}: cannot be created: {problem} name another file with --config")
     if not yes and not password_stdin:
         require_terminal("Pass --yes, and the password with --password-stdin or none to have one made.")
         username = username or click.prompt("User name", default="admin", err=True)
@@ -76,5 +79,7 @@ def _write(path: Path, text: str) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         raise ConfigError(f"{path}: exists, and init overwrites nothing") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be created: {error.strerror}") from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
