@@ -22,6 +22,13 @@ class Wire(asyncio.Transport):
         self.reads = True
         self.ends = False
         self.closed = False
+        self.protocol = asyncio.BaseProtocol()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self.protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
 
     def write(self, data: Any) -> None:
         self.sent += data

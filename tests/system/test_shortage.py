@@ -220,3 +220,23 @@ def test_without_descriptors_open_connections_work(server: Server) -> None:
             assert waiting.ask("GET", "/healthz").status == 200, "must not be dropped, as libuv would do"
         server.wait("file_descriptors_free_again")
     assert len(server.events("file_descriptors_short")) == 1, "must log the shortage once"
+
+
+def peak_memory(process: int) -> int:
+    """Return the largest resident memory that a process has had, in KiB."""
+    return int(Path(f"/proc/{process}/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def test_requests_after_the_last_answer_take_no_memory(server: Server) -> None:
+    """The connection ends after the first of many requests that came at once. Those that follow are not kept."""
+    process, request = server.process.pid, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with ExitStack() as stack, descriptors_limited(process, open_descriptors(process) + 6):
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        client.sendall(request * 100)
+        before = peak_memory(process)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                client.send(request * 5000)
+        assert peak_memory(process) - before < 16 * 1024

@@ -4,6 +4,8 @@ import asyncio
 import socket
 from typing import Any, cast
 
+import pytest
+
 from tests.support.connections import Connection
 from tests.support.servers import Server
 from tokenauth.server.transport import LingeringTransport
@@ -15,6 +17,14 @@ class RecordingTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__({"peername": ("10.0.0.1", 5)})
         self.sent: list[bytes | str] = []
+        self.unsent = 0
+        self.protocol: asyncio.BaseProtocol = asyncio.Protocol()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self.protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
 
     def write(self, data: Any) -> None:
         self.sent.append(bytes(data))
@@ -32,8 +42,7 @@ class RecordingTransport(asyncio.Transport):
         """Do nothing: it never pauses reading."""
 
     def get_write_buffer_size(self) -> int:
-        """Return 0: data is sent at once."""
-        return 0
+        return self.unsent
 
     def is_closing(self) -> bool:
         return "closed" in self.sent
@@ -69,11 +78,15 @@ async def test_buffered_data_is_sent_before_the_close() -> None:
     assert inner.sent == [b"last", "closed"]
 
 
-async def test_lingering_closes_only_the_write_side() -> None:
-    """The transport reports that it is closing and ignores later writes."""
+@pytest.mark.parametrize(("lingers", "unsent"), [(True, 0), (False, 1)])
+async def test_lingering_closes_only_the_write_side(lingers: bool, unsent: int) -> None:
+    """While the client may still be sending, and while a part of the answer is not sent.
+
+    The transport reports that it is closing and ignores later writes.
+    """
     inner = RecordingTransport()
     transport = LingeringTransport(inner, asyncio.get_running_loop())
-    transport.lingers = True
+    transport.lingers, inner.unsent = lingers, unsent
     transport.write(b"last")
     transport.close()
     transport.close()
@@ -118,6 +131,21 @@ def test_a_client_that_sends_ahead_can_read_the_last_answer(server: Server) -> N
             received += client.recv(4096)
         client.sendall(requests)
         while more := client.recv(4096):
+            received += more
+    assert received.endswith(expected)
+
+
+@pytest.mark.parametrize("last", ["HTTP/1.1\r\nHost: x\r\nConnection: close", "HTTP/1.0"], ids=["close", "HTTP/1.0"])
+def test_a_client_that_sends_on_after_its_last_request_is_answered(server: Server, last: str) -> None:
+    """What it sends is discarded: more than one read of the server takes, before it reads the answer."""
+    with Connection(server.port) as connection:
+        expected = connection.ask("GET", "/openapi.json").body
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects: most waits at the server
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(f"GET /openapi.json {last}\r\n\r\n".encode() + b"GET /healthz HTTP/1.1\r\n" * 9_000)
+        received = b""
+        while more := client.recv(65536):
             received += more
     assert received.endswith(expected)
 

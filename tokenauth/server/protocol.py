@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from tokenauth.errors import Stopping
 from tokenauth.server.head_limit import HeadLimit
-from tokenauth.server.transport import LingeringTransport
+from tokenauth.server.transport import MAX_DISCARDED, LingeringTransport
 from tokenauth.web import urlencoding
 from tokenauth.web.asgi_extensions import AT_ONCE, CLIENT, REFUSAL_RULES, AtOnce, RefusalRules, RenderedHeaders
 
@@ -43,9 +43,6 @@ SLOW = 60.0
 
 _PIECE = 1024
 """Bytes to feed to the parser at a time, so that few pipelined requests are parsed before their turn."""
-
-_MAX_DISCARDED = 8 * 1024 * 1024
-"""Bytes to read and discard after a refusal. Closing earlier would reset the connection and lose the answer."""
 
 _ORIGIN_TIMEOUT = 1.0
 """Seconds to search the rest of a head that is too large for its Origin header before refusing it."""
@@ -432,7 +429,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread = data[start:]
         if self._unread and not self.transport.is_closing():
             self.flow.hold()
-            self.transport.lingers = True  # a client that sends ahead may do so after the last request
 
     def _in_head(self) -> bool:
         """Return whether the head of a request has begun and not ended."""
@@ -580,6 +576,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         if waits:
             self.flow.hold()
+            self.transport.lingers = True  # a client that sends ahead may do so after the last request
             self.pipeline.appendleft((self.cycle, self.app))
         else:
             self._start_asgi_task(self.cycle, self.app)
@@ -626,6 +623,8 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         cycle.more_body = False
         cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.parser = _Discard(self.transport)  # type: ignore[assignment]
 
     # Answers
 
@@ -646,7 +645,6 @@ class BoundedProtocol(HttpToolsProtocol):
         """Start the next request, or wait for one."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
-            self.parser = _Discard(self.transport)  # type: ignore[assignment]
             return
         self._idle_since = self.loop.time()
         if self.pipeline:
@@ -730,9 +728,10 @@ class _Discard:
 
     def __init__(self, transport: LingeringTransport) -> None:
         self._transport = transport
-        self._left = _MAX_DISCARDED
+        self._left = MAX_DISCARDED
 
     def feed_data(self, data: bytes) -> None:
+        self._transport.lingers = True
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()

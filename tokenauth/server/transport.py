@@ -1,7 +1,7 @@
 """Wrappers around the transport of a connection, which decide when data is sent and how the connection is closed."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 MAX_HELD = 64 * 1024
 """Maximum bytes that are kept until the end of the iteration."""
@@ -11,6 +11,9 @@ LINGER = 2.0
 
 FLUSH = 60.0
 """Seconds that a client has to read what was sent before the connection was closed."""
+
+MAX_DISCARDED = 8 * 1024 * 1024
+"""Bytes to read and discard after the last answer. Closing earlier would reset the connection and lose the answer."""
 
 
 class CoalescingTransport:
@@ -72,9 +75,9 @@ class CoalescingTransport:
 class LingeringTransport(CoalescingTransport):
     """Closes a connection so that the client can read the last answer, within a time limit.
 
-    Set `lingers` while the client may still be sending. `close` then ends only this side of the connection, and reads
-    for LINGER seconds more. Closing both sides at once would reset the connection, and the client could lose the answer
-    (RFC 9112 section 9.6).
+    Set `lingers` while the client may still be sending. `close` then ends only this side of the connection, and
+    discards what arrives for LINGER seconds more; for FLUSH seconds if a part of the answer is not sent yet. Closing
+    both sides at once would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
     """
 
     __slots__ = ("lingers",)
@@ -89,16 +92,37 @@ class LingeringTransport(CoalescingTransport):
             return
         self._flush()
         self._closing = True
-        if self.lingers and self._transport.can_write_eof():
-            self._transport.write_eof()
-            self._transport.resume_reading()
-            self._loop.call_later(LINGER, self._transport.abort)
-            return
-        self._transport.close()
-        if self._transport.get_write_buffer_size():
-            self._loop.call_later(FLUSH, self._transport.abort)
+        transport = self._transport
+        unsent = transport.get_write_buffer_size()
+        lingers = (self.lingers or unsent) and transport.can_write_eof()
+        if lingers:
+            transport.write_eof()
+            transport.set_protocol(cast(asyncio.Protocol, _Discarding(transport)))
+            transport.resume_reading()
+        else:
+            transport.close()
+        if lingers or unsent:
+            self._loop.call_later(FLUSH if unsent else LINGER, transport.abort)
 
     def abort(self) -> None:
         """Close at once; what was not sent is lost."""
         self._closing = True
         self._transport.abort()
+
+
+class _Discarding:
+    """Replaces `data_received` of a protocol whose last answer was given: discards what arrives, up to a limit."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._protocol = transport.get_protocol()
+        self._left = MAX_DISCARDED
+
+    def data_received(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self._transport.abort()
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass everything else to the protocol."""
+        return getattr(self._protocol, name)
