@@ -28,6 +28,9 @@ T = TypeVar("T")
 CHECKPOINT_INTERVAL = 10.0
 """Seconds between two checks that the -wal file can be copied into the database."""
 
+WATCH_INTERVAL = 1.0
+"""Seconds between two checks that the file was not replaced."""
+
 _RECHECK = 1.0
 """Seconds until the next one after a failed check: `/readyz` is 503 until then."""
 
@@ -156,7 +159,7 @@ class SqliteEngine:
         return self.reader.problem()
 
     def _watch(self) -> None:
-        """Check every second that the file is still the one at its path, and read the clock row.
+        """Check now and then that the file is still the one at its path, and read the clock row.
 
         If the file was replaced, writes would be acknowledged and lost: nothing is read or written any more.
         """
@@ -168,7 +171,7 @@ class SqliteEngine:
             self.writer.refresh_write_lock()
 
     def _watch_later(self) -> None:
-        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+        self._watcher = asyncio.get_running_loop().call_later(WATCH_INTERVAL, self._watch)
 
     def _check_files(self) -> None:
         replaced = None if self.writer.file_replaced else self.reader.replaced()
