@@ -60,8 +60,7 @@ class BrowserAuth:
         else:
             values = self._cookies.login_values(scope)
         if len(values) > 1:
-            log.warning("cookie_twice", route="/auth")
-            raise InvalidToken
+            raise InvalidToken  # `log_in_response` logs it
         return values[0] if values else None, headers
 
     def check_page(self, scope: Scope, headers: Headers) -> None:
@@ -89,7 +88,9 @@ class BrowserAuth:
         """
         address = self._login_address(scope)
         values = self._cookies.login_values(scope) if cookie_read else ()
-        if len(values) > 1:  # they are deleted here, or the proxy drops that: the page cannot see it
+        if len(values) > 1:
+            log.warning("cookie_twice", route="/auth")
+            # They are deleted here, or the proxy drops that: the page cannot see it.
             address += f"{'&' if '?' in address else '?'}{TWO_COOKIES}"
         if redirect and _is_navigation(scope):
             response: Response = NoStoreResponse(status_code=302, headers={"Location": address})

@@ -1,5 +1,6 @@
 """/auth?cookie: browsers pass with their cookie, are sent to the login page, and foreign pages are refused."""
 
+import socket
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.support.connections import Answer, Connection
+from tests.support.journal import until
 from tests.support.servers import HandClock, Server
 
 AUTH, APP = "https://auth.example.com", "https://app.example.com"
@@ -99,6 +101,22 @@ def test_two_different_cookies_are_not_used(connection: Connection, ann: str, bo
     assert "note" not in ask(connection, Cookie=cookie("x")).headers["x-auth-login"]
     head = f"GET /auth?cookie HTTP/1.1\r\nHost: x\r\nCookie: {cookie(ann)}\r\nCookie: {cookie(bob)}\r\n\r\n"
     assert connection.send(head.encode()).status == 401
+
+
+def test_two_cookies_are_logged_once_with_the_trace_of_their_request(server: Server, ann: str, bob: str) -> None:
+    """Also if another request of the connection came before, whose task the answer could belong to."""
+    before, own = "b" * 32, "a" * 32
+    first = f"GET /api/me HTTP/1.1\r\nHost: x\r\ntraceparent: 00-{before}-{'1' * 16}-01\r\n\r\n"
+    head = f"GET /auth?cookie HTTP/1.1\r\nHost: x\r\nCookie: {cookie(ann)}; {cookie(bob)}\r\n"
+    second = f"{head}Connection: close\r\ntraceparent: 00-{own}-{'1' * 16}-01\r\n\r\n"
+    both = f"{head}traceparent: 00-{own}-{'2' * 16}-01\r\n\r\n"
+    since = len(server.events("cookie_twice"))
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection, connection.makefile("rb") as answers:
+        connection.sendall((first + both + first + second).encode())
+        assert answers.read().count(b"HTTP/1.1 401") == 4
+    until(lambda: len(server.events("cookie_twice")) >= since + 2, "both are logged")
+    logged = server.events("cookie_twice")[since:]
+    assert [(event["trace_id"], event["span_id"]) for event in logged] == [(own, "2" * 16), (own, "1" * 16)]
 
 
 def test_no_malformed_cookie_lets_a_request_pass(server: Server) -> None:
