@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Thread
 from time import monotonic
 
@@ -36,7 +37,8 @@ class StandstillWatch(Thread):
         while True:
             pause.wait(_TICK)
             resumed, before = monotonic(), self._looked_at
-            self._use_disk()
+            with suppress(OSError):  # a test may have taken all file descriptors
+                self._use_disk()
             now = self._looked_at = monotonic()
             if resumed - before > LEAST or now - resumed > LEAST_SYNC:
                 self._found.append((now, now - before))
