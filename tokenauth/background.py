@@ -38,21 +38,18 @@ class HasBackground(Protocol):
 S = TypeVar("S", bound=HasBackground)
 
 
-async def outlast(work: Awaitable[T]) -> T:
-    """Do work to its end, and return its result, also if the caller is cancelled meanwhile. A second time ends it."""
+async def outlast(work: Awaitable[T]) -> tuple[asyncio.Future[T], bool]:
+    """Do work to its end, also if the caller is cancelled meanwhile.
+
+    Return the finished work, and whether the caller was cancelled. If it is cancelled again, it no longer waits.
+    """
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
         await asyncio.wait([task])
-    return await task
-
-
-def raise_if_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled during `outlast`."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+        return task, True
+    return task, False
 
 
 def finished(

@@ -85,9 +85,9 @@ def _report(verdict: "Verdict", other_files: bool) -> dict[str, object]:
     return {
         "ok": verdict.problem is None,
         "lines": verdict.lines,
-        "first_line": verdict.first,
-        "last_line": verdict.last,
-        "last_hash": verdict.hash,
+        "first_line": verdict.first or None,
+        "last_line": verdict.last or None,
+        "last_hash": verdict.hash if verdict.last else None,
         "cut_lines": verdict.cut,
         "breaks": verdict.breaks,
         "problems": problems,

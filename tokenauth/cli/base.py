@@ -100,7 +100,10 @@ def with_service(
         with loader.naming(path):
             service = create_service(settings, serving=create)
         async with service.running():
-            return await (outlast(use(service)) if changes else use(service))
+            if not changes:
+                return await use(service)
+            change, _ = await outlast(use(service))
+            return change.result()
 
     return asyncio.run(run())
 

@@ -82,9 +82,13 @@ def pool_show(config_file: str | None, as_json: bool, name: str, after: str, ful
 
     async def list_tokens(service: "Service") -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
         pool = _find(service, name, config_file)
-        found = await (service.pools.members(pool) if pool.members else service.pools.list_tokens(pool, utf8(after)))
-        rows = [_row(pool, token, service.clock()) for token in found]
-        return await _count(service, pool), rows, not pool.members and len(rows) >= LIMIT
+        if pool.members:
+            found = await service.pools.members(pool)
+        else:
+            found = await service.pools.list_tokens(pool, utf8(after), LIMIT + 1)
+        shown = found if pool.members else found[:LIMIT]
+        rows = [_row(pool, token, service.clock()) for token in shown]
+        return await _count(service, pool), rows, len(shown) < len(found)
 
     counts, rows, continues = with_service(config_file, list_tokens)
     if as_json:

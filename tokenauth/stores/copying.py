@@ -350,7 +350,8 @@ class _Copy:
         tables = [await self._compare(table, number) for table, number in zip(TABLES, added, strict=True)]
         in_use = in_use or await self._source.find_users()
         if in_use is None:
-            await outlast(self._target.finish(await self._source.sequences()))
+            finishing, _ = await outlast(self._target.finish(await self._source.sequences()))
+            finishing.result()
         else:
             tables = [table._replace(digest=None) for table in tables]
         return self._report(tables, in_use)

@@ -7,6 +7,7 @@
 - What depends on time takes `now`, in Unix seconds. A database that several machines share may use its own time.
 """
 
+import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,9 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import BigInteger, Float, LargeBinary, Select, bindparam, func, select
 
-from tokenauth.background import outlast, raise_if_cancelled
+from tokenauth.background import outlast
 from tokenauth.clock import Clock
-from tokenauth.errors import Refusal, StoreUnavailable
+from tokenauth.errors import Refusal
 from tokenauth.models import (
     ANY_LEASE,
     ID_BYTES,
@@ -307,16 +308,16 @@ class TokenStore:
         total, more = 0, True
         try:
             while more:  # in steps, between which others write
-                try:
-                    revoked = await outlast(self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now)))
-                except StoreUnavailable:
-                    raise_if_cancelled()
-                    raise
+                step, cancelled = await outlast(self._engine.apply(RevokeAll(username, keep, _STEP, kind, now=now)))
+                if cancelled and step.exception() is not None:
+                    raise asyncio.CancelledError
+                revoked = step.result()
                 total += revoked.live
                 more = _STEP in {revoked.live, revoked.lapsed}
                 if progress is not None:
                     progress(total)
-                raise_if_cancelled()
+                if cancelled:
+                    raise asyncio.CancelledError
         finally:
             await self._revoked(None)
         return total

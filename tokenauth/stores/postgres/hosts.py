@@ -94,8 +94,8 @@ class HostConnection(_Connection):
     async def read_timeline(self) -> None:
         self.system_identifier, self.timeline = await self.fetchrow(_TIMELINE) or (0, 0)
 
-    def heed(self, message: asyncpg.PostgresLogMessage) -> None:
-        """Look at a warning. The text of this one, "canceling wait for synchronous replication", is translated."""
+    def read_warning(self, message: asyncpg.PostgresLogMessage) -> None:
+        """Read whether a commit is unconfirmed. The text of that warning is translated, the function's name is not."""
         if message.server_source_function == "SyncRepWaitForLSN":
             self.unconfirmed = True
 
@@ -221,7 +221,7 @@ async def open_connection(arguments: Mapping[str, Any]) -> HostConnection:
     """Connect to one host, and ask for its timeline. Raises what the driver raises."""
     connection: HostConnection = await asyncpg.connect(**arguments, connection_class=HostConnection)
     connection.address = address_of(arguments)
-    connection.add_log_listener(lambda _, message: connection.heed(message))
+    connection.add_log_listener(lambda _, message: connection.read_warning(message))
     try:
         await connection.read_timeline()
     except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError, asyncpg.FeatureNotSupportedError):

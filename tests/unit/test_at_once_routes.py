@@ -1,0 +1,96 @@
+"""The application tells the server what it can answer at once: checks of valid, cached tokens."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from tests.support.servers import write_config
+from tokenauth.credentials import Candidate
+from tokenauth.service import Service, create_service
+from tokenauth.settings import loader
+from tokenauth.web.app import build_app
+from tokenauth.web.asgi_extensions import AT_ONCE
+
+LIFESPAN = {"type": "lifespan", "asgi": {"version": "3.0"}}
+
+
+@asynccontextmanager
+async def started(directory: Path, more: str = "") -> AsyncIterator[tuple[Service, Mapping[str, Any]]]:
+    """Start the application as a server does, and yield its service and the state that the server gets."""
+    service = create_service(loader.load(write_config(directory, more)))
+    state: dict[str, Any] = {}
+    ended, sent, threshold = asyncio.Event(), asyncio.Queue[Message](), gc.get_threshold()
+    received = iter(["lifespan.startup"])
+
+    async def receive() -> Message:
+        found = next(received, None)
+        if found is None:
+            await ended.wait()
+        return {"type": found or "lifespan.shutdown"}
+
+    running = asyncio.ensure_future(build_app(service)({**LIFESPAN, "state": state}, receive, sent.put))
+    try:
+        assert await sent.get() == {"type": "lifespan.startup.complete"}
+        yield service, state
+    finally:
+        ended.set()
+        await running
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
+
+
+async def ask(service: Service, state: Mapping[str, Any], *headers: tuple[bytes, bytes]) -> list[bytes | None]:
+    """Return the lines of the headers that each route answers at once for a token: None, or what is sent."""
+    user = await service.credentials.verify(Candidate("ann", "ann-secret"), "127.0.0.1")
+    value = (await service.tokens.grant(user, "127.0.0.1", "test", lambda: False, None)).value.encode()
+    token = (b"x-token", value)
+    scopes = [
+        {"path": "/api/token", "query_string": b"token=" + value, "headers": headers},
+        {"path": "/api/token", "query_string": b"", "headers": [token, *headers]},
+        {"path": "/auth", "query_string": b"", "headers": [token, *headers]},
+        {"path": "/auth", "query_string": b"scope=read", "headers": [token, *headers]},
+    ]
+    found = []
+    for scope in scopes:
+        assert await service.tokens.validate(value) is not None  # it is cached now
+        route, at_once = state[AT_ONCE][scope["path"]]
+        assert route.path == scope["path"]
+        answer = at_once({"type": "http", "method": "GET", **scope})
+        found.append(answer and answer[0])
+    return found
+
+
+async def test_checks_of_cached_tokens_are_answered_at_once(tmp_path: Path) -> None:
+    async with started(tmp_path) as (service, state):
+        assert state[AT_ONCE].keys() == {"/api/token", "/auth"}
+        check, by_header, auth, with_scope = await ask(service, state)
+    assert check == by_header
+    assert check is not None
+    assert b"content-length: 40\r\n" in check
+    assert b"vary" not in check
+    assert auth is not None
+    assert b"x-auth-user: ann\r\n" in auth
+    assert with_scope is not None
+
+
+@pytest.mark.parametrize("origin", [b"", b"https://app.example.com"])
+async def test_pages_of_other_origins_are_left_to_the_application(tmp_path: Path, origin: bytes) -> None:
+    headers = [(b"origin", origin)] if origin else []
+    async with started(tmp_path, '[server]\ncors_origins = ["https://app.example.com"]') as (service, state):
+        check, by_header, auth, _ = await ask(service, state, *headers)
+    assert check == by_header
+    assert (check is None) is bool(origin)
+    assert check is None or check.endswith(b"vary: Origin\r\n")
+    assert auth is not None
+    assert b"vary" not in auth
+
+
+async def test_nothing_is_answered_at_once_if_each_request_is_logged(tmp_path: Path) -> None:
+    async with started(tmp_path, "[server]\naccess_log = true") as (_, state):
+        assert state[AT_ONCE] == {}
