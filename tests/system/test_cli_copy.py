@@ -46,26 +46,6 @@ main(prog_name="tokenauth")
 """
 """`tokenauth` that gets Ctrl-C when it calls a method."""
 
-USED_AGAIN = """
-import subprocess, sys
-from tokenauth.cli.main import main
-from tokenauth.stores import copying
-
-copy = copying.copy
-
-async def then_used(*arguments):
-    report = await copy(*arguments)
-    program = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM tokens').fetchone()"
-    command = [sys.executable, "-c", f"{program}; print('open', flush=True); sys.stdin.read()", report.source]
-    user = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert user.stdout.readline() == b"open\\n"
-    return report
-
-copying.copy = then_used
-main(prog_name="tokenauth")
-"""
-"""`tokenauth` whose source is opened by another program as soon as a copy has finished, as by a server that waited."""
-
 AGAIN = "Interrupted. Run the same command again: it goes on, unless the copy has finished.\n"
 
 POOL = """
@@ -257,19 +237,6 @@ def test_ctrl_c_does_not_call_a_finished_copy_unfinished(tmp_path: Path, source:
     assert done.returncode == 130, done
     assert done.stderr.endswith(AGAIN)
     assert "both are equal" in run(tmp_path, *command).stdout
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_source_that_is_used_again_is_told(tmp_path: Path, source: str, as_json: bool) -> None:
-    to = f"sqlite+aiosqlite:///{tmp_path}/to.db"
-    options = ["copy", "--from", source, "--to", to, *(["--json"] if as_json else [])]
-    done = script(tmp_path, "-c", USED_AGAIN, *options, program=sys.executable)
-    assert done.returncode == 3
-    assert "The copy has finished, but" in done.stderr
-    assert " is in use again: another program has it open" in done.stderr
-    if as_json:
-        report = json.loads(done.stdout)
-        assert (report["finished"], report["used_again"]) == (True, "another program has it open")
 
 
 def test_a_copy_is_for_its_owner_only(tmp_path: Path, source: str) -> None:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 _IN_USE = 3
 """Exit status of a copy that is not finished, since the source is in use."""
 
-_TAKEOVER = 0.3
-"""Seconds in which a program that waits for an SQLite file gets it: it looks every 0.1 seconds."""
-
 _SHOWN = 5
 """Number of tables of another program that a message names."""
 
@@ -72,12 +69,7 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
             }
             for each in report.tables
         ]
-        done = {
-            "finished": report.in_use is None,
-            "in_use": report.in_use,
-            "used_again": report.used_again,
-            "seconds": round(seconds, 1),
-        }
+        done = {"finished": report.in_use is None, "in_use": report.in_use, "seconds": round(seconds, 1)}
         print_json({"from": report.source, "to": report.target, **done, "tables": tables})
     else:
         _show(report, seconds)
@@ -90,15 +82,6 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
             err=True,
         )
         click.get_current_context().exit(_IN_USE)
-    if report.used_again is not None:
-        click.echo(printable(_USED_AGAIN.format(report.source, f"{report.used_again}{_hint(report)}")), err=True)
-        click.get_current_context().exit(_IN_USE)
-
-
-_USED_AGAIN = (
-    "The copy has finished, but {} is in use again: {}. What changes there from now on is not in the copy. Stop that"
-    " server. If clients have used it, copy to another new database."
-)
 
 
 def _hint(report: "CopyReport") -> str:
@@ -116,23 +99,7 @@ async def copy_database(
     if is_same(source, target):
         raise CopyError("--from and --to are the same database")
     await _prepare_target(target)
-    report = await copying.copy(open_side(source), open_side(target), on_progress)
-    return report._replace(used_again=None if report.in_use is not None else await _find_next_user(source))
-
-
-async def _find_next_user(source: "DatabaseSettings") -> str | None:
-    """Return who uses the source now that the copy has finished: a server that waited for it starts then."""
-    from tokenauth.stores.open import open_side
-
-    await asyncio.sleep(_TAKEOVER)
-    side = open_side(source)
-    try:
-        await side.open_source()
-        return await side.seal()
-    except CopyError as error:
-        return str(error)
-    finally:
-        await side.close()
+    return await copying.copy(open_side(source), open_side(target), on_progress)
 
 
 async def _check_source(settings: "DatabaseSettings") -> None:

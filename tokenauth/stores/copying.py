@@ -288,16 +288,12 @@ class TableReport(NamedTuple):
 
 
 class CopyReport(NamedTuple):
-    """What a copy has done.
-
-    in_use: who uses the source, so that the copy is not finished. used_again: who uses it since it has finished.
-    """
+    """What a copy has done. in_use: who uses the source, so that the copy is not finished; else None."""
 
     source: str
     target: str
     tables: Sequence[TableReport]
     in_use: str | None
-    used_again: str | None = None
 
 
 OnProgress = Callable[[str, str, int, int], object]
