@@ -186,6 +186,18 @@ def test_check_names_a_mistake_as_text_and_as_json(home: Path, text: str, messag
     assert report["error"] in done.stderr
 
 
+def test_a_loopback_address_that_is_mapped_to_ipv6_is_one(home: Path) -> None:
+    metrics = '[metrics]\nlisten = "[{}]:9180"\n'
+    write_config(home, '[server]\nhost = "::ffff:127.0.0.1"\n' + metrics.format("::ffff:127.0.0.1"))
+    found = run(home, "doctor").stdout
+    assert "only this machine can reach the service" in found
+    assert "metrics.listen" not in found
+    write_config(home, '[server]\nhost = "::ffff:10.0.0.1"\n' + metrics.format("::ffff:10.0.0.1"))
+    found = run(home, "doctor").stdout
+    assert "only this machine" not in found
+    assert "metrics.listen" in found
+
+
 def test_check_lists_risks_and_fails_on_public_ones(home: Path) -> None:
     text = USERS.replace("memory_kib = 8\n", "memory_kib = 16\n")
     write_config(home, users=text)

@@ -82,7 +82,7 @@ def test_a_risk_is_only_a_warning_on_a_loopback_address(passwords: Passwords, pa
         log_and_check(configured(f'{secured}\naccept_risks = ["{risk}"]', password), risks)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8", "::ffff:127.0.0.1"])
 @pytest.mark.parametrize(
     ("public", "key"),
     [
@@ -385,7 +385,7 @@ def test_plain_http_that_others_can_reach_is_a_risk(passwords: Passwords, host: 
         assert names(configured(f"{public}\n{more}"), passwords) == []
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8", "::ffff:127.0.0.1"])
 def test_plain_http_on_this_machine_is_no_risk(passwords: Passwords, host: str) -> None:
     for more in ("", PROXIED, CERTIFIED):
         assert names(configured(f'host = "{host}"\n{more}'), passwords) == []

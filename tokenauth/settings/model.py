@@ -105,9 +105,10 @@ class ServerSettings(Table, frozen=True):
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # Python 3.11 does not look inside
 
 
 def _check_cors_origin(key: str, text: str) -> None:
