@@ -5,13 +5,14 @@ import json
 import os
 import pwd
 import re
+import resource
 import shutil
 import signal
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import pytest
 from tests.support.auditing import read_audit, wait_for
 from tests.support.journal import fill, until
 from tests.support.processes import Forked
-from tests.support.servers import log_in, serve, worker, write_config
+from tests.support.servers import TOKENAUTH, log_in, serve, worker, write_config
 from tests.system.test_cli import environment, mistake, output, recorded, run, script
 from tests.system.test_terminal import on_terminal
-from tokenauth.audit.chain import Chain
+from tokenauth.audit.chain import CUT, Chain
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 
 OPERATOR = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
@@ -320,6 +321,100 @@ def test_an_empty_file_is_no_break_if_no_line_can_be_missing(home: Path) -> None
     (home / "audit.jsonl.1").touch()
     output(run(home, "user", "remove", "ann"))
     assert output(run(home, "audit", "verify")).startswith("ok: 2 lines, from 1 to 2\n")
+
+
+LARGE = 1 << 40
+"""Bytes of a file that nothing can read to its end, or keep in memory. Only its start is on the disk."""
+
+LITTLE = 'ulimit -v 500000; exec "$0" "$@"'
+"""Run a command that cannot have 512 MiB of memory."""
+
+
+def _make_large(path: Path, start: bytes) -> None:
+    path.write_bytes(start)
+    os.truncate(path, LARGE)
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "audit.jsonl.csv": lambda path: _make_large(path, b"time,user,action\n" * 20_000),
+    "audit.jsonl.long": lambda path: _make_large(path, b""),
+    "audit.jsonl.short": lambda path: path.write_bytes(b"time,user,action\n"),
+    "audit.jsonl.zip.gz": lambda path: path.write_bytes(gzip.compress(bytes(1 << 20)) * 3_000),
+}
+"""Files beside the log that are none of it."""
+
+
+def test_another_file_beside_the_log_is_one_break(home: Path) -> None:
+    others = [home / name for name in OTHERS]
+    for path in others:
+        OTHERS[path.name](path)
+    done = script(home, "-c", LITTLE, TOKENAUTH, "audit", "verify", "--json", program="sh")
+    report = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, report["breaks"], report["lines"]) == (1, "", len(others), 1)
+    assert sorted(each["file"] for each in report["problems"]) == [str(path) for path in others]
+    assert {"no line of an audit log is at its start" in each["problem"] for each in report["problems"]} == {True}
+    done = script(home, "-c", LITTLE, TOKENAUTH, "audit", "tail", "--json", program="sh")
+    assert (done.returncode, done.stdout) == (1, (home / "audit.jsonl").read_text())
+    assert [line.startswith("Warning: acts may be missing here.") for line in done.stderr.splitlines()] == [True] * 4
+
+
+def test_a_line_that_is_longer_than_the_memory_is_marked(home: Path) -> None:
+    """Such as a hole that a crash has left."""
+    file = home / "audit.jsonl"
+    os.truncate(file, file.stat().st_size + (512 << 20))
+    done = script(home, "-c", LITTLE, TOKENAUTH, "user", "remove", "ann", program="sh")
+    assert [event["event"] for event in recorded(done)] == ["user_removed"]
+    done = script(home, "-c", LITTLE, TOKENAUTH, "audit", "verify", program="sh")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ok: 3 lines, from 1 to 3; a crash has cut 1 more line, which is marked\n")
+    done = script(home, "-c", LITTLE, TOKENAUTH, "audit", "tail", "--json", program="sh")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [json.loads(line)["action"] for line in done.stdout.splitlines()] == ["upgrade_schema", CUT, "remove_user"]
+
+
+def _opened_by(pid: int) -> set[str]:
+    found = set()
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has just been closed
+            found.add(os.readlink(each))
+    return found
+
+
+def test_acts_are_written_while_verify_reads(home: Path) -> None:
+    """However long that takes, and whatever is beside the log."""
+    file, old = home / "audit.jsonl", home / "audit.jsonl.1"
+    _make_large(old, file.read_bytes())
+    OTHERS["audit.jsonl.csv"](home / "audit.jsonl.csv")
+    with serve(home / "config.toml") as server, server.client() as client:
+        log_in(client)
+        wait_for(file, action="login")
+        streams = [Path(os.devnull), home / "out", home / "out"]
+        verify = Forked("tests.support.serving", ["tokenauth", "audit", "verify"], home, streams, environment({}))
+        try:
+            resource.prlimit(verify.pid, resource.RLIMIT_AS, (512 << 20, 512 << 20))
+            until(lambda: str(old) in _opened_by(verify.pid), "it has opened the files")
+            log_in(client)
+            wait_for(file, 2, action="login")
+            assert verify.poll() is None
+        finally:
+            verify.send_signal(signal.SIGKILL)
+            verify.wait()
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl.head", "audit.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+def test_what_is_no_file_is_named(home: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Nothing waits for a pipe, either."""
+    path = home / name
+    _replace(path, make)
+    problem = "it is no file; remove it, or give it a name that does not begin with that of the log"
+    done = run(home, "audit", "verify")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(f"{path}: this cannot be read: {problem}\n")
+    done = run(home, "user", "remove", "ann")
+    assert (done.returncode, "Warning: this is missing in the audit log, which cannot be" in done.stderr) == (0, True)
+    if name == "audit.jsonl":
+        assert problem in mistake(run(home, "audit", "tail"))
 
 
 def test_verify_says_what_it_cannot_find(home: Path) -> None:

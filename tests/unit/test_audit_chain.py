@@ -18,7 +18,7 @@ import pytest
 from tests.support.servers import ROOT
 from tests.support.skipping import skip_without
 from tokenauth.audit import chain as module
-from tokenauth.audit.chain import CUT, FIRST, Chain
+from tokenauth.audit.chain import CUT, FIRST, LONGEST, Chain
 
 Lines = list[bytes]
 
@@ -201,7 +201,11 @@ def test_a_key_shows_lines_that_were_all_rewritten(tmp_path: Path) -> None:
     assert chain.verify().problems[0].position is not None
 
 
-@pytest.mark.parametrize("rest", [b'{"n":4,"action":"te', b"\0" * 70_000, b"{}"])
+@pytest.mark.parametrize(
+    "rest",
+    [b'{"n":4,"action":"te', b"\0" * 70_000, b"{}", b"\0" * LONGEST, b"\0" * 2 * LONGEST, b"\0" * (5 * LONGEST + 1)],
+    ids=["half", "zeros", "object", "as long as the longest", "twice as long", "long"],
+)
 def test_a_line_that_a_crash_has_cut_is_marked(tmp_path: Path, rest: bytes) -> None:
     chain = filled(tmp_path, 3)
     with chain.path.open("ab") as file:
@@ -212,6 +216,7 @@ def test_a_line_that_a_crash_has_cut_is_marked(tmp_path: Path, rest: bytes) -> N
     lines = chain.path.read_bytes().splitlines()
     assert lines[3] == rest
     assert json.loads(lines[4])["action"] == CUT
+    assert json.loads(lines[4])["details"] == {"bytes": len(rest), "sha256": sha256(rest).hexdigest()}
 
 
 def test_a_cut_line_is_not_hidden_by_another_mark(tmp_path: Path) -> None:
@@ -221,6 +226,25 @@ def test_a_cut_line_is_not_hidden_by_another_mark(tmp_path: Path) -> None:
     chain.append([record(4)])
     edit(chain, lambda lines: [*lines[:3], b"cat\n", *lines[4:]])
     assert chain.verify().problem is not None
+
+
+def test_a_long_line_is_changed_or_cut(tmp_path: Path) -> None:
+    """Also if its hash is right: tokenauth writes none."""
+    chain = filled(tmp_path, 3)
+    chain.append([json.dumps({"action": "test", "text": "x" * LONGEST}).encode(), record(5)])
+    verdict = chain.verify()
+    assert (verdict.breaks, verdict.lines, verdict.problems[0].position) == (1, 4, (chain.path, 4))
+    assert "changed or cut" in str(verdict.problem)
+
+
+@pytest.mark.parametrize("start", [b'{"n":4,"action":', b'{"action":'], ids=["numbered", "unnumbered"])
+def test_a_deep_line_with_a_hash_that_fits_is_a_break(tmp_path: Path, start: bytes) -> None:
+    chain = filled(tmp_path, 3)
+    body = start + b"[" * 500_000 + b'"n"'
+    deep = body + b',"hash":"' + sha256(body).hexdigest().encode() + b'"}\n'
+    (tmp_path / "audit.jsonl.1").write_bytes(deep)
+    edit(chain, lambda lines: [*lines, deep])
+    assert [each.position for each in chain.verify().problems] == [(tmp_path / "audit.jsonl.1", 0), (chain.path, 4)]
 
 
 def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
@@ -321,7 +345,7 @@ def test_a_file_renamed_by_another_program_goes_on(tmp_path: Path) -> None:
     assert (chain.verify().problem, chain.verify().lines) == (None, 4)
 
 
-@pytest.mark.parametrize("cut", [b"", b'{"n":4,"acti'])
+@pytest.mark.parametrize("cut", [b"", b'{"n":4,"acti', b"\0" * 5 * LONGEST], ids=["empty", "half", "zeros"])
 def test_a_file_that_begins_oddly_is_one_of_the_chain(tmp_path: Path, cut: bytes) -> None:
     chain = filled(tmp_path, 3)
     chain.path.rename(tmp_path / "audit.jsonl-20261128")

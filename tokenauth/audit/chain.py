@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
-from io import BufferedReader
+from io import BufferedReader, FileIO
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +45,11 @@ FIRST = "0" * 64
 LOCK_TIMEOUT = 3.0
 """Seconds to wait for another process to unlock the head. It needs some milliseconds, unless it is stopped."""
 
-_WINDOW = 64 * 1024
-"""Bytes at the end of a file that are first read to find its last line: a record has at most 16 KiB."""
+LONGEST = 1 << 20
+"""Bytes of a line that are kept in memory. A record has at most 16 KiB, so a longer line is none."""
+
+_SEARCHED, _SEARCHED_LINES = 8 << 20, 10_000
+"""Bytes and lines at the start of a file that are searched for a number. A crash leaves fewer before the first one."""
 
 _HEAD_SIZE = 160
 """Bytes of the head file. It never grows, so it can be written when the disk is full."""
@@ -63,7 +67,12 @@ _END_MISSING = "this line has no line break at its end: a crash has lost it, or 
 EMPTY = "this file is empty: if it had lines, they were removed"
 """The problem of a file without lines."""
 
-_NO_FILE = "this is no file: remove it, or give it a name that does not begin with that of the log"
+_NO_FILE = "it is no file; remove it, or give it a name that does not begin with that of the log"
+
+_NO_LOG = (
+    "no line of an audit log is at its start, so it was not checked: if this is another file, give it a name that does"
+    " not begin with that of the log"
+)
 
 _APPEND = os.O_RDWR | os.O_APPEND
 
@@ -158,6 +167,32 @@ class _Opened(NamedTuple):
     size: float
 
 
+class _Line(NamedTuple):
+    """A line of a file."""
+
+    position: Position
+    content: bytes
+    """Without the line break. Empty if there are more than LONGEST bytes."""
+    ended: bool
+    """Whether it has a line break."""
+    long_hash: str = ""
+    """The SHA-256 of a line that is longer than LONGEST."""
+
+    def is_cut(self, mark: "_Line") -> bool:
+        """Return whether another line is the record that marks this one as cut."""
+        if CUT.encode() not in mark.content:
+            return False
+        try:
+            record = msgspec.json.decode(mark.content, type=_CutRecord)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        return record.action == CUT and record.details.sha256 == (self.long_hash or sha256(self.content).hexdigest())
+
+
+def _ignore(_: Break) -> None:
+    pass
+
+
 class Chain:
     """The file that the configuration names, and the files that it was renamed to."""
 
@@ -218,17 +253,18 @@ class Chain:
 
         Return also what to write before the next line: the end of a line that has none, and the record that marks it.
         """
-        *complete, rest = _read_end(fd, size).split(b"\n")
+        rest_at = _line_start(fd, size)
+        last_at = _line_start(fd, rest_at - 1)
         end = head or Head()
-        last = self._read(complete[-1]) if complete else None
+        last = self._read(_content(fd, last_at, rest_at - 1))
         if last is not None and last.n > end.n and (head is None or self._goes_on(fd, head)):
             end = Head(last.n, last.hash)  # a process was killed before it wrote the head
-        if not rest:
+        if rest_at == size:
             return end, b"", ()
-        last = self._read(rest)
+        last = self._read(_content(fd, rest_at, size))
         if last is not None and last.previous == end.hash:  # only the line break is missing
             return Head(last.n, last.hash), b"\n", ()
-        details = _CutDetails(len(rest), sha256(rest).hexdigest())
+        details = _CutDetails(size - rest_at, _hash_of(fd, rest_at, size))
         return end, b"\n", [msgspec.json.encode(_CutRecord(timestamp(), details))]
 
     def _goes_on(self, fd: int, head: Head) -> bool:
@@ -236,12 +272,13 @@ class Chain:
 
         Otherwise the lines beyond the head are forged. The next line then follows the head's, so the chain breaks.
         """
-        if _first_number(self.path) > head.n + 1:  # power was lost before an older head was written to the disk
-            return True
         with open(fd, "rb", closefd=False) as file:
             file.seek(0)
-            linked = (self._read(line.removesuffix(b"\n")) for line in file if head.hash.encode() in line)
-            return any(found is not None and _follows(head, found) for found in linked)
+            opened = _Opened(self.path, file, inf)
+            if (_first_number(opened) or 0) > head.n + 1:  # power was lost before an older head was written to the disk
+                return True
+            lines = (line.content for line in _lines([opened]) if head.hash.encode() in line.content)
+            return any(found is not None and _follows(head, found) for found in map(self._read, lines))
 
     def _rotate(self, fd: int) -> None:
         """Rename the file, and make its descriptor that of a new one. Raises OSError."""
@@ -255,16 +292,26 @@ class Chain:
     def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
 
-    def files(self) -> Sequence[Path]:
+    def files(self, report: Callable[[Break], None] = _ignore) -> Sequence[Path]:
         """Return the file and those that it was renamed to, also by other programs, in the order of their lines.
 
-        What has no line that can be read is near the end: no name says where it belongs. The file itself is left out
-        while it has no line yet.
+        Report those that cannot be read, or have no line. The file itself is left out while it has no line yet.
         """
-        others = self.path.parent.glob(f"{glob.escape(self.path.name)}[.-]*")
-        found = sorted((_first_number(path) or inf, path) for path in others if path != self.head_path)
+        with ExitStack() as stack:
+            return [one.path for one in self._in_order(_open_all(stack, self._names(), report), report)]
+
+    def _names(self) -> Sequence[Path]:
+        """Return what may be files of the chain, in no order."""
+        found = self.path.parent.glob(f"{glob.escape(self.path.name)}[.-]*")
         begun = self.path.exists() and not (self.path.is_file() and self.path.stat().st_size == 0)
-        return [path for _, path in found] + ([self.path] if begun else [])
+        return [path for path in found if path != self.head_path] + ([self.path] if begun else [])
+
+    def _in_order(self, opened: Sequence[_Opened], report: Callable[[Break], None]) -> Sequence[_Opened]:
+        """Return files in the order of their lines, without those that have none, which are reported."""
+        others = [one for one in opened if one.path != self.path]
+        found = [(number, one) for one in others if (number := _first_number(one, report)) is not None]
+        ordered = sorted(found, key=lambda each: (each[0], each[1].path))
+        return [one for _, one in ordered] + [one for one in opened if one.path == self.path]
 
     def verify(self, files: Sequence[Path] = ()) -> Verdict:
         """Check files, in this order; without `files` all, and that the line is there that the head knows.
@@ -276,9 +323,10 @@ class Chain:
             opened: Sequence[_Opened]
             unread: list[Break] = []
             if files:
-                opened = [_open_to_read(stack, path) for path in files]
+                opened = [_to_read(stack, path, path.open("rb")) for path in files]
             else:
                 head, opened = self._snapshot(stack, unread.append)
+                opened = self._in_order(opened, unread.append)
             verdict, changed, known = self._verify(_lines(opened, unread.append), head)
         if verdict.first == 1:  # no line is missing before the first one, so a file without lines lacks none
             unread = [one for one in unread if one.problem != EMPTY]
@@ -297,52 +345,52 @@ class Chain:
         return verdict
 
     def _snapshot(self, stack: ExitStack, report: Callable[[Break], None]) -> tuple[Head | None, Sequence[_Opened]]:
-        """Open all files as they are between two writes, and report those that cannot be opened."""
-        try:
-            head_fd = os.open(self.head_path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None, _open_all(stack, self.files(), report)
-        try:
-            _lock(head_fd, fcntl.LOCK_SH)
-            return _read_head(head_fd), _open_all(stack, self.files(), report)
-        finally:
-            os.close(head_fd)
+        """Open all files as they are between two writes, and report those that cannot be opened.
 
-    def _verify(self, lines: Iterable[tuple[Position, bytes]], head: Head | None) -> tuple[Verdict, int, bool]:
+        Read none of them: as long as the head is locked, nothing is written.
+        """
+        with ExitStack() as locked:
+            head = None
+            if self.head_path.exists():
+                for _, file, _ in _open_all(locked, [self.head_path], report):
+                    _lock(file.fileno(), fcntl.LOCK_SH)
+                    head = _read_head(file.fileno())
+            return head, _open_all(stack, self._names(), report)
+
+    def _verify(self, lines: Iterable[_Line], head: Head | None) -> tuple[Verdict, int, bool]:
         """Check lines, and go on after each break.
 
         Return also how many lines at the end are changed ones, and whether the line of the head is there, or the next.
         """
         verdict, broken, right, changed, known = Verdict(keyed=bool(self._key)), None, None, 0, False
-        for position, whole in lines:
-            line = whole.removesuffix(b"\n")
-            found = self._read(line)
+        for line in lines:
+            found = self._read(line.content)
             if broken is not None:
-                if found is not None and _marks_cut(line, broken[1]):
+                if found is not None and broken.is_cut(line):
                     verdict = verdict._replace(cut=verdict.cut + 1)
                 else:
-                    verdict, changed = verdict.broken(CHANGED, broken[0]), changed + 1
+                    verdict, changed = verdict.broken(CHANGED, broken.position), changed + 1
                 broken = None
             if found is None:
-                broken, right = (position, line), None  # the next line may say that it was cut
+                broken, right = line, None  # the next line may say that it was cut
                 continue
-            if right is not None and _marks_cut(line, right[1]):  # a crash leaves no line that is marked, and right
-                verdict = verdict.broken(_END_REMOVED, right[0])
-            right = position, line
+            if right is not None and right.is_cut(line):  # a crash leaves no line that is marked, and right
+                verdict = verdict.broken(_END_REMOVED, right.position)
+            right = line
             if not changed or found.n != verdict.last + changed + 1:  # else the changed lines are those in between
                 problem = _problem(verdict, found)
                 if problem is not None:
-                    verdict = verdict.broken(problem, position)
+                    verdict = verdict.broken(problem, line.position)
             changed = 0
-            if line == whole and (head is None or found.n <= head.n):  # a crash may leave such a line beyond the head
-                verdict = verdict.broken(_END_MISSING if head is None else _END_REMOVED, position)
+            if not line.ended and (head is None or found.n <= head.n):  # a crash may leave such a line beyond the head
+                verdict = verdict.broken(_END_MISSING if head is None else _END_REMOVED, line.position)
             known = known or (head is not None and (_is_last(head, found) or _follows(head, found)))
             if found.n > verdict.last:
                 verdict = verdict._replace(
                     lines=verdict.lines + 1, first=verdict.first or found.n, last=found.n, hash=found.hash
                 )
         if broken is not None:
-            verdict, changed = verdict.broken(CHANGED, broken[0]), changed + 1
+            verdict, changed = verdict.broken(CHANGED, broken.position), changed + 1
         return verdict, changed, known
 
     def _read(self, line: bytes) -> _Links | None:
@@ -350,9 +398,7 @@ class Chain:
         expected = _HASH_FIELD + self._hash(line[:_HASHED]).encode() + _HASH_END
         if not hmac.compare_digest(line[_HASHED:], expected):
             return None
-        with suppress(msgspec.DecodeError, ValueError):
-            return msgspec.json.decode(line, type=_Links)
-        return None
+        return _links(line)
 
     def _hash(self, line: bytes) -> str:
         return hmac.digest(self._key, line, "sha256").hex() if self._key else sha256(line).hexdigest()
@@ -361,8 +407,8 @@ class Chain:
 def read(path: Path, report: Callable[[Break], None]) -> Iterator[bytes]:
     """Yield the lines of a file, which may be compressed by gzip; report why it cannot be read, or not to its end."""
     with ExitStack() as stack:
-        for _, line in _lines(_open_all(stack, [path], report), report):
-            yield line.removesuffix(b"\n")
+        for line in _lines(_open_all(stack, [path], report), report):
+            yield line.content
 
 
 def timestamp() -> str:
@@ -382,6 +428,8 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     except FileNotFoundError:
         fd = _create(path, flags)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # writing to a pipe could wait forever
+            raise OSError(errno.EINVAL, _NO_FILE, str(path))
         yield fd
     finally:
         os.close(fd)
@@ -415,14 +463,27 @@ def _read_head(fd: int) -> Head | None:
     return None
 
 
-def _read_end(fd: int, size: int) -> bytes:
-    """Return the end of a file, with at least its last complete line."""
-    window = min(_WINDOW, size)
-    end = os.pread(fd, window, size - window)
-    while window < size and end.count(b"\n") < 2:
-        window = min(4 * window, size)
-        end = os.pread(fd, window, size - window)
-    return end
+def _line_start(fd: int, end: int) -> int:
+    """Return where the line begins that ends at this place of a file."""
+    while end > 0:
+        start = max(0, end - LONGEST)
+        found = os.pread(fd, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _content(fd: int, start: int, end: int) -> bytes:
+    """Return a line, from and to these places of a file; nothing of one that is too long."""
+    return os.pread(fd, end - start, start) if 0 < end - start <= LONGEST else b""
+
+
+def _hash_of(fd: int, start: int, end: int) -> str:
+    digest = sha256()
+    for at in range(start, end, LONGEST):
+        digest.update(os.pread(fd, min(LONGEST, end - at), at))
+    return digest.hexdigest()
 
 
 def _lock(fd: int, kind: int) -> None:
@@ -437,15 +498,11 @@ def _write_all(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left) :]
 
 
-def _marks_cut(line: bytes, cut: bytes) -> bool:
-    """Return whether a line is the record that marks this other line as cut."""
-    if CUT.encode() not in line:
-        return False
-    try:
-        record = msgspec.json.decode(line, type=_CutRecord)
-    except msgspec.DecodeError:
-        return False
-    return record.action == CUT and record.details.sha256 == sha256(cut).hexdigest()
+def _links(line: bytes) -> _Links | None:
+    """Return what a line says that binds it to the others, if it does."""
+    with suppress(msgspec.DecodeError, ValueError, RecursionError):
+        return msgspec.json.decode(line, type=_Links)
+    return None
 
 
 def _is_last(head: Head, line: _Links) -> bool:
@@ -468,51 +525,68 @@ def _problem(verdict: Verdict, found: _Links) -> str | None:
     return f"{lines} missing here, or moved: this is line {found.n}"
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read it. Raises OSError, also if it is something else: opening a pipe could wait forever."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, _NO_FILE, str(path))
+    return BufferedReader(FileIO(fd), 1 << 16)  # a long line is read four times as fast as with 8 KiB
+
+
 def _open_all(stack: ExitStack, paths: Iterable[Path], report: Callable[[Break], None]) -> Sequence[_Opened]:
     """Open files that were found by their names, and report those for which that is not possible."""
     opened = []
     for path in paths:
         try:
-            if stat.S_ISREG(path.stat().st_mode):
-                opened.append(_open_to_read(stack, path))
-            else:  # opening a pipe could wait for ever
-                report(Break(_NO_FILE, Position(path)))
+            opened.append(_to_read(stack, path, open_file(path)))
         except OSError as error:
-            report(Break(f"this file cannot be read: {error.strerror}", Position(path)))
+            report(Break(f"this cannot be read: {error.strerror}", Position(path)))
     return opened
 
 
-def _open_to_read(stack: ExitStack, path: Path) -> _Opened:
-    """Open a file, which may be compressed by gzip. Of one that grows, only what it has now is read. Raises OSError."""
-    file = stack.enter_context(path.open("rb"))
-    found = os.fstat(file.fileno())
+def _to_read(stack: ExitStack, path: Path, file: BufferedReader) -> _Opened:
+    """Return a file, which may be compressed by gzip. Of one that grows, only what it has now is read."""
+    found = os.fstat(stack.enter_context(file).fileno())
     if path.suffix == ".gz":
         return _Opened(path, stack.enter_context(gzip.open(file)), inf)
     return _Opened(path, file, found.st_size if stat.S_ISREG(found.st_mode) else inf)
 
 
-def _lines(opened: Iterable[_Opened], report: Callable[[Break], None]) -> Iterator[tuple[Position, bytes]]:
-    """Yield the lines of files, each with its line break; report a file that is damaged or empty."""
+def _lines(opened: Iterable[_Opened], report: Callable[[Break], None] = _ignore) -> Iterator[_Line]:
+    """Yield the lines of files; report a file that is damaged or empty."""
     for path, file, size in opened:
         number, left = 0, size
         try:
-            for number, line in enumerate(file, 1):
-                left -= len(line)
-                if left < 0:
-                    break
-                yield Position(path, number), line
+            while piece := file.readline(int(min(LONGEST, left))):
+                left -= len(piece)
+                content, long_hash = piece.removesuffix(b"\n"), ""
+                if len(content) == LONGEST:
+                    digest = sha256(piece)
+                    while not piece.endswith(b"\n") and (piece := file.readline(int(min(LONGEST, left)))):
+                        left -= len(piece)
+                        digest.update(piece.removesuffix(b"\n"))
+                    content, long_hash = b"", digest.hexdigest()
+                number += 1
+                yield _Line(Position(path, number), content, piece.endswith(b"\n"), long_hash)
             if not number:
                 report(Break(EMPTY, Position(path)))
         except (OSError, EOFError, zlib.error) as error:  # OSError is also a checksum of gzip that is wrong
             report(Break(f"this file is damaged, and cannot be read beyond its line {number}: {error}", Position(path)))
 
 
-def _first_number(path: Path) -> int:
+def _first_number(opened: _Opened, report: Callable[[Break], None] = _ignore) -> int | None:
     """Return the number of the first line that has one: a crash may have cut those before it, or someone changed them.
 
-    It is 0 if there is none that can be read.
+    Report why there is none. Not the whole file is searched for it: it may be a large one that is no log.
     """
-    for line in read(path, lambda _: None):
-        with suppress(msgspec.DecodeError, ValueError):
-            return msgspec.json.decode(line, type=_Links).n
-    return 0
+    problems: list[Break] = []
+    start = opened._replace(size=min(opened.size, _SEARCHED))
+    try:
+        for line in islice(_lines([start], problems.append), _SEARCHED_LINES):
+            if b'"n"' in line.content and (found := _links(line.content)) is not None:
+                return found.n
+    finally:
+        opened.file.seek(0)
+    report(problems[0] if problems else Break(_NO_LOG, Position(opened.path)))
+    return None

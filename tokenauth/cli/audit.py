@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenauth.audit.chain import CHANGED, CUT, EMPTY, read
+from tokenauth.audit.chain import CHANGED, CUT, EMPTY, LONGEST, open_file, read
 from tokenauth.audit.records import ACTS, DROPPED, LOGOUT
 from tokenauth.cli.base import CommandGroup, config_option, count, json_option, print_json, utf8
 from tokenauth.errors import ConfigError
@@ -196,9 +196,13 @@ class _Filter:
 
         self._canonical = canonical
         self._username = None if username is None else canonical(username)
-        self.oldest = oldest
+        self._since = oldest
         self._oldest = datetime.fromtimestamp(oldest, UTC).isoformat(timespec="milliseconds")
         self._actions = actions
+
+    def is_older(self, path: Path) -> bool:
+        """Return whether a file was not changed since the time that is asked for."""
+        return bool(self._since) and path.exists() and path.stat().st_mtime < self._since
 
     def matches(self, line: bytes) -> bool:
         """Return whether a line is a record that is asked for. A line that a crash has cut is none."""
@@ -210,7 +214,7 @@ class _Filter:
                 and (not self._actions or record["action"] in self._actions)
                 and (self._username is None or self._username in names)
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
 
@@ -219,6 +223,7 @@ class _Growing:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._skipped = False
         self._file = self._open()
 
     def new_lines(self) -> Iterator[bytes]:
@@ -232,19 +237,22 @@ class _Growing:
         yield from self._rest()  # what was written before it was renamed
         if self._file is not None:
             self._file.close()
-        self._file = current
+        self._file, self._skipped = current, False
         yield from self._rest()
 
     def _rest(self) -> Iterator[bytes]:
-        while self._file is not None and (line := self._file.readline()):
-            if not line.endswith(b"\n"):
+        while self._file is not None and (line := self._file.readline(LONGEST)):
+            ended = line.endswith(b"\n")
+            if not ended and len(line) < LONGEST:
                 self._file.seek(-len(line), os.SEEK_CUR)
                 return
-            yield line
+            if ended and not self._skipped:
+                yield line
+            self._skipped = not ended  # a longer line is no record
 
     def _open(self) -> Any:
         try:
-            return self._path.open("rb")
+            return open_file(self._path)
         except FileNotFoundError:
             return None
 
@@ -257,18 +265,19 @@ def _last(
     Older files are read only if the newer ones do not have enough.
     """
     found = deque(filter(wanted.matches, growing.new_lines()), most)
+    if most is not None and len(found) >= most:
+        return list(found), []
     unread: list[Break] = []
-    for path in reversed(chain.files()):
-        if path == chain.path:
+    for path in reversed(chain.files(unread.append)):
+        if path == chain.path or wanted.is_older(path):
             continue
         if most is not None and len(found) >= most:
             break
-        if wanted.oldest and path.exists() and path.stat().st_mtime < wanted.oldest:
-            continue
         lines = filter(wanted.matches, read(path, unread.append))
         older = deque(lines, None if most is None else most - len(found))
         found.extendleft(reversed(older))
-    return list(found), [one for one in unread if one.problem != EMPTY]
+    missed = [one for one in unread if one.problem != EMPTY and one.position and not wanted.is_older(one.position.file)]
+    return list(found), missed
 
 
 def _chain(config_file: str | None, other_files: bool = False) -> "Chain":
