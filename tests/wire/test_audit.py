@@ -358,9 +358,9 @@ def test_a_full_disk_stops_no_login(tmp_path: Path) -> None:
     """The file is longer than the server may make any file; its database is not."""
     file = tmp_path / "audit.jsonl"
     chain = Chain(file)
-    chain.append([json.dumps({"action": "test", "text": "x" * 8_000_000}).encode()])
+    chain.append([json.dumps({"action": "test", "text": "x" * 800_000}).encode()] * 10)
     with serve(write_config(tmp_path, f'[audit]\nfile = "{file}"\n')) as server, server.client() as client:
-        wait_for(file, 3)  # with the schema and the start
+        wait_for(file, 12)  # with the schema and the start
         limit_files(server, file.stat().st_size)
         token = log_in(client)
         client.delete("/api/token", headers={"X-Token": token}).raise_for_status()
@@ -370,7 +370,7 @@ def test_a_full_disk_stops_no_login(tmp_path: Path) -> None:
         limit_files(server, resource.RLIM_INFINITY)
         wait_for(file, 2, action="login")
         assert server.stop() == 0
-    assert [record["action"] for record in read_audit(file)][3:6] == ["login", "logout", "login"]
+    assert [record["action"] for record in read_audit(file)][12:15] == ["login", "logout", "login"]
     assert chain.verify().problem is None
 
 
