@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_certificate
 from tests.support.ports import free_port
 from tests.support.servers import Server, serve, write_config
 from tests.system.test_cli import mistake, output, run, script
@@ -62,6 +63,18 @@ def test_a_server_that_hangs_exits_with_1(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = run(tmp_path, "health", "--url", url, "--timeout", "0.1")
     assert mistake(done).endswith(": did not answer in time")
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_server_that_hangs_is_asked_once(tmp_path: Path, tls: bool) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        certificate = make_certificate(tmp_path).settings() if tls else ""
+        write_config(tmp_path, f"[server]\nport = {silent.getsockname()[1]}\n{certificate}")
+        assert mistake(run(tmp_path, "health", "--timeout", "0.1")).endswith(": did not answer in time")
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
 def test_a_server_that_is_another_exits_with_1(tmp_path: Path) -> None:

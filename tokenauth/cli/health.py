@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import ssl
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -56,10 +57,12 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
             raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
         where, connect = _of_settings(settings)
     target, expected = ("/readyz", "ready") if ready else ("/healthz", "ok")
+    deadline = time.monotonic() + timeout
     try:
         status, body = _get(connect(timeout), target)
     except (OSError, http.client.HTTPException) as error:
-        answer = None if settings is None else _get_before_reload(settings, target, timeout)
+        left = 0.0 if isinstance(error, TimeoutError) else deadline - time.monotonic()
+        answer = None if settings is None or left <= 0 else _get_before_reload(settings, target, left)
         if settings is None or answer is None:
             elsewhere = "" if path is None or not isinstance(error, OSError) else _elsewhere(path)
             raise click.ClickException(printable(f"{where}: {_reason(error)}{elsewhere}")) from None
