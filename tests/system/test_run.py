@@ -2,13 +2,15 @@
 
 import asyncio
 import calendar
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -668,6 +670,45 @@ def test_the_file_of_an_issuer_is_trusted(wrap: Wrapper, secured: tuple[str, Cer
     url, made = secured
     run = wrap("--pool", "permit", "echo", "leased", url=url, SSL_CERT_FILE=str(made.certificate))
     assert (run.wait(), run.out, run.err) == (0, "leased\n", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("", "`tokenauth run` and the Python clients do not trust it here: self-signed certificate"),
+        ("other.pem", "`tokenauth run` and the Python clients do not trust it here: self-signed certificate"),
+        ("one.pem", ""),
+        ("none", "whether clients trust it cannot be found out: No such file or directory"),
+    ],
+)
+def test_doctor_trusts_what_the_clients_trust(secured: tuple[str, Certificate], file: str, found: str) -> None:
+    """OpenSSL reads both variables, and so trusts the certificate; the clients read one of them."""
+    _, made = secured
+    home = made.certificate.parent
+    make_certificate(home, "other")
+    (home / "trusted").mkdir(exist_ok=True)
+    shutil.copy(made.certificate, home / "trusted")
+    subprocess.run(["openssl", "rehash", home / "trusted"], check=True)
+    env = {"SSL_CERT_FILE": str(home / file) if file else "", "SSL_CERT_DIR": str(home / "trusted") if file else ""}
+    assert _trust(home, env) == found
+
+
+def test_doctor_asks_openssl_without_the_clients(secured: tuple[str, Certificate]) -> None:
+    _, made = secured
+    distrust = "programs that trust OpenSSL's issuers do not trust it here: self-signed certificate"
+    without = "import sys; sys.modules['httpx'] = None; from tokenauth.cli.main import main; main()"
+    for file, found in ((str(made.certificate), ""), ("", distrust)):
+        assert _trust(made.certificate.parent, {"SSL_CERT_FILE": file}, sys.executable, "-c", without) == found
+
+
+def _trust(home: Path, env: Mapping[str, str], *program: str) -> str:
+    """Return what doctor says of who trusts the certificate."""
+    command = [*(program or [TOKENAUTH]), "doctor", "--json"]
+    done = subprocess.run(command, cwd=home, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    (finding,) = [one for one in json.loads(done.stdout)["checks"] if one["check"] == "certificate"]
+    assert finding["status"] == "ok"
+    text = finding["text"].replace("self signed", "self-signed")
+    return str(text.partition(" UTC")[2].removeprefix("; "))
 
 
 @pytest.mark.parametrize("name", ["none", "one.key"])

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import click
 
@@ -29,6 +29,9 @@ from tokenauth.risks import check_accepted, find_risks
 from tokenauth.settings import loader
 from tokenauth.settings.lines import find_line
 from tokenauth.settings.model import AuditSettings, ServerSettings, Settings, available_cores, canonical
+
+if TYPE_CHECKING:
+    from tokenauth.server.tls import KeyPair
 
 _LOW_DISK = 200 << 20
 """Bytes. The -wal file of a busy database can grow to 64 MiB, and more while a backup reads."""
@@ -229,10 +232,27 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
         return Finding("warning", "certificate", text, "reload", line)
     if found.until.timestamp() - time.time() < RENEWAL:
         return Finding("warning", "certificate", names, fix, line)
-    distrust = tls.find_distrust(pair)
-    text = f"{names}; programs of this machine do not trust it: {distrust}" if distrust else names
+    distrust = _find_distrust(pair)
+    text = f"{names}; {distrust}" if distrust else names
     fix = 'clients need the certificate of its issuer: docs/clients.md, "A certificate of your own issuer"'
     return Finding("ok", "certificate", text, fix if distrust else "")
+
+
+def _find_distrust(pair: "KeyPair") -> str:
+    """Say why clients in this environment do not trust the certificate; "" if they do."""
+    from tokenauth.server import tls
+
+    try:
+        try:
+            from tokenauth.client.issuer import create_ssl_context
+        except ModuleNotFoundError:  # httpx is an extra
+            who, context = "programs that trust OpenSSL's issuers", ssl.create_default_context()
+        else:
+            who, context = "`tokenauth run` and the Python clients", create_ssl_context()
+        reason = tls.find_distrust(pair, context)
+    except OSError as error:
+        return f"whether clients trust it cannot be found out: {error.strerror or error}"
+    return f"{who} do not trust it here: {reason}" if reason else ""
 
 
 def _served_until(settings: ServerSettings) -> datetime | None:

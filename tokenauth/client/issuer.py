@@ -73,6 +73,11 @@ def read(response: httpx.Response, body: type[Body]) -> Body:
         raise ValueError("this is not a response of tokenauth") from None
 
 
+def create_ssl_context() -> ssl.SSLContext:
+    """Trust the issuers of certifi, or of SSL_CERT_FILE or SSL_CERT_DIR, as httpx does. Raises OSError."""
+    return httpx.create_ssl_context()
+
+
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 """What OpenSSL says of a certificate that no trusted one has signed: X509_V_ERR_..._SELF_SIGNED_..., ..._ISSUER_...."""
 

@@ -112,7 +112,7 @@ class RemoteTokens:
         self._own_client = client is None
         self._client = client or httpx.AsyncClient(
             trust_env=False,
-            verify=httpx.create_ssl_context(),  # with SSL_CERT_FILE of the environment, but without its proxies
+            verify=issuer.create_ssl_context(),  # with SSL_CERT_FILE of the environment, but without its proxies
             limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEEPALIVE_EXPIRY),
         )
         self._clock = clock

@@ -161,9 +161,8 @@ class Validity:
             self.problem = "certificate is not yet valid"
 
 
-def find_distrust(pair: KeyPair) -> str:
-    """Return why a program that trusts the issuers of this machine does not trust this certificate; "" if it does."""
-    client = ssl.create_default_context()
+def find_distrust(pair: KeyPair, client: ssl.SSLContext) -> str:
+    """Return why a client with this context does not trust this certificate, whatever its names; "" if it does."""
     client.check_hostname = False
     try:
         _handshake(create_context(pair), client)
