@@ -42,6 +42,42 @@ def test_a_server_on_a_unix_socket_is_asked_there(tmp_path: Path) -> None:
         assert output(run(tmp_path, "health", "--ready")) == "ready\n"
 
 
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("[broken", "not TOML"),
+        ('[tokens]\nper_usr = "1"', "per_usr"),
+        ('[database]\nurl = "${GONE}"', "GONE"),
+        (None, "no such file"),
+    ],
+    ids=["syntax", "key", "variable", "no file"],
+)
+@pytest.mark.parametrize(
+    "more", ["", '[server]\nsocket = "t.sock"\naccept_risks = ["weak_hash"]'], ids=["port", "socket"]
+)
+def test_a_mistake_in_the_file_does_not_make_its_server_unhealthy(
+    tmp_path: Path, more: str, broken: str | None, said: str, ready: bool
+) -> None:
+    """Whoever restarts it then has a server that cannot start."""
+    config = write_config(tmp_path, more)
+    with serve(config, on_port=not more):
+        if broken is None:
+            config.unlink()
+        else:
+            config.write_text(broken)
+        found = script(tmp_path, "health", "--config", str(config), *(["--ready"] if ready else []))
+        assert (found.returncode, found.stdout) == (0, "ready\n" if ready else "ok\n"), found.stderr
+        assert said in found.stderr
+        assert found.stderr.endswith("The server goes on with what it has read before.\n")
+    assert said in mistake(run(tmp_path, "health", "--config", str(config)))
+
+
+def test_a_server_on_a_free_port_is_found(tmp_path: Path) -> None:
+    with serve(write_config(tmp_path, "[server]\nport = 0"), "--port", "0"):
+        assert output(run(tmp_path, "health")) == "ok\n"
+
+
 def test_a_store_that_is_gone_is_not_ready_but_alive(tmp_path: Path) -> None:
     with serve(write_config(tmp_path)) as server:
         (tmp_path / "tokenauth.db").rename(tmp_path / "moved.db")

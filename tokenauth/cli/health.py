@@ -41,7 +41,8 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
     """Check that the running server answers. Exit with 1 if it does not.
 
     It asks GET /healthz, or with --ready GET /readyz, at the address in the configuration. If the server was started
-    with --host or --port, or with port 0, name its address with --url.
+    with --host or --port, name its address with --url. A mistake that the file has by now is no failure: the server
+    goes on with what it has read.
     """
     if math.isnan(timeout):
         raise click.UsageError("--timeout: must be a number of seconds.")
@@ -52,10 +53,15 @@ def health(config_file: str | None, url: str | None, ready: bool, timeout: float
         from tokenauth.settings import loader
 
         path = loader.find(config_file)
-        settings = loader.load(path).server
-        if not settings.socket and settings.port == 0:
-            raise ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
-        where, connect = _of_settings(settings)
+        try:
+            settings = loader.load(path).server
+        except ConfigError as error:
+            where, connect = _of_server(path, error, timeout)
+            click.echo(printable(f"Warning: {error}. The server goes on with what it has read before."), err=True)
+        else:
+            unknown = ConfigError(f"{path}: server.port is 0: name the address of the server with --url.")
+            anywhere = not settings.socket and settings.port == 0
+            where, connect = _of_server(path, unknown, timeout) if anywhere else _of_settings(settings)
     target, expected = ("/readyz", "ready") if ready else ("/healthz", "ok")
     deadline = time.monotonic() + timeout
     try:
@@ -161,6 +167,18 @@ def _of_settings(server: "ServerSettings") -> tuple[str, Connect]:
     if server.socket:
         return server.socket, lambda timeout: _UnixConnection(server.socket, timeout)
     return _tcp(server.reachable_host, server.port, bool(server.tls_certificate))
+
+
+def _of_server(path: Path, mistake: ConfigError, seconds: float) -> tuple[str, Connect]:
+    """Return where the running server of a file listens. Raises the mistake if there is none."""
+    from tokenauth.server.control import find_address
+
+    found = find_address(path, seconds)
+    if found is None:
+        raise mistake
+    if found.socket:
+        return found.socket, lambda timeout: _UnixConnection(found.socket, timeout)
+    return _tcp(found.host, found.port, found.tls)
 
 
 def _tcp(host: str, port: int, tls: bool) -> tuple[str, Connect]:

@@ -47,8 +47,8 @@ _Answer = TypeVar("_Answer")
 _CREDENTIALS = struct.Struct("3i")
 
 
-Purpose = Literal["reload", "throttle"]
-"""What a command asks for: a reload, or who is throttled."""
+Purpose = Literal["reload", "throttle", "address"]
+"""What a command asks for: a reload, who is throttled, or where the server listens."""
 
 
 class ReloadAnswer(msgspec.Struct):
@@ -61,6 +61,15 @@ class ReloadAnswer(msgspec.Struct):
     """Names of users, pools and settings by kind of change."""
     restart_needed: Sequence[str] = []
     """What has changed in the file and is not in use before a restart."""
+
+
+class Address(msgspec.Struct):
+    """Where a server listens: on a port, with or without TLS, or on a Unix socket."""
+
+    host: str
+    port: int
+    tls: bool
+    socket: str
 
 
 class Peer(NamedTuple):
@@ -90,7 +99,7 @@ class Command:
         self._unsent = memoryview(b"")
         self.closed = False
 
-    def answer(self, answer: ReloadAnswer | Sequence[Throttled]) -> None:
+    def answer(self, answer: ReloadAnswer | Address | Sequence[Throttled]) -> None:
         """Send the answer, now or at a later `flush`, and close the connection."""
         self._unsent = memoryview(msgspec.json.encode(answer))
         self.flush()
@@ -206,15 +215,28 @@ def ask_who_is_throttled(path: Path) -> Sequence[Throttled]:
     return [each for answer in _ask_all(path, "throttle", list[Throttled]).values() for each in answer]
 
 
-def _ask_all(path: Path, purpose: Purpose, type: type[_Answer]) -> Mapping[int, _Answer]:
+def find_address(path: Path, seconds: float) -> Address | None:
+    """Return where a running server of a configuration file listens; None if none says so within `seconds`.
+
+    The file may have changed since the server has read it, also to one that cannot be used.
+    """
+    if not AVAILABLE:
+        return None
+    try:
+        return next(iter(_ask_all(path, "address", Address, seconds).values()))
+    except (StartError, OSError):
+        return None
+
+
+def _ask_all(path: Path, purpose: Purpose, type: type[_Answer], seconds: float = _ANSWER_TIME) -> Mapping[int, _Answer]:
     """Return the answers of the servers of a configuration file, by process ID. Raises StartError."""
     prefix = _prefix(path, purpose)
     answers: dict[int, bytes] = {}
-    names = [name for name in _names(prefix) if not _ask(name, path, answers)]
-    deadline = time.monotonic() + _CONNECT_TIME
+    names = [name for name in _names(prefix) if not _ask(name, path, answers, seconds)]
+    deadline = time.monotonic() + min(_CONNECT_TIME, seconds)
     while names and time.monotonic() < deadline:
         time.sleep(0.05)
-        names = [name for name in names if not _ask(name, path, answers)]
+        names = [name for name in names if not _ask(name, path, answers, seconds)]
     if not answers:
         busy = " One, of whatever user, takes no more connections." if names else ""
         others = describe_others(path)
@@ -226,10 +248,10 @@ def _ask_all(path: Path, purpose: Purpose, type: type[_Answer]) -> Mapping[int, 
 _START = "start one with `tokenauth serve`. If one runs, it is of another release: restart it."
 
 
-def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
+def _ask(name: str, path: Path, answers: dict[int, bytes], seconds: float) -> bool:
     """Note the answer of a server under its process ID, if it is ours. Return False if its queue is full for now."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_ANSWER_TIME)
+        connection.settimeout(seconds)
         with suppress(OSError):  # then the server knows only as which user this runs
             connection.bind(_address(name))
         try:
@@ -242,7 +264,7 @@ def _ask(name: str, path: Path, answers: dict[int, bytes]) -> bool:
         except ConnectionRefusedError:  # it has just ended
             pass
         except TimeoutError:
-            raise StartError(f"The server has not answered within {_ANSWER_TIME:.0f} seconds.") from None
+            raise StartError(f"The server has not answered within {seconds:.0f} seconds.") from None
     return True
 
 

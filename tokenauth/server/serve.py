@@ -92,11 +92,11 @@ def serve(
 
 
 def _controls(path: Path) -> Sequence[Control]:
-    """Return the ends of `tokenauth reload` and `tokenauth throttle`; none where they do not work: signals do."""
+    """Return the ends of `tokenauth reload`, `throttle` and `health`; none where they do not work: signals do."""
     if not AVAILABLE:
         return ()
     try:
-        return Control(path), Control(path, "throttle")
+        return Control(path), Control(path, "throttle"), Control(path, "address")
     except (OSError, ConfigError) as error:
         log.warning("control_unavailable", reason=str(error), action="send SIGHUP instead of `tokenauth reload`")
         return ()

@@ -41,7 +41,7 @@ from tokenauth.server.channel import (
     encode_order,
 )
 from tokenauth.server.configuration import Configuration, ConfigurationFile
-from tokenauth.server.control import Command, Control, ReloadAnswer
+from tokenauth.server.control import Address, Command, Control, ReloadAnswer
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
@@ -311,6 +311,7 @@ class Supervisor:
         self._totals = totals
         self._controls = controls
         self._settings = settings = configuration.settings
+        self._started_with = settings.server
         self._use_certificate(configuration.certificate)
         self._users = settings.users_by_name
         self._listener = listener
@@ -442,9 +443,17 @@ class Supervisor:
         commands = control.accept()
         if control.purpose == "throttle":
             _answer(commands, self._totals.list_throttled())
+        elif control.purpose == "address":
+            _answer(commands, self._find_address())
         elif commands:
             self._commands = [*self._commands, *commands]
             self._reload_cause = "command"
+
+    def _find_address(self) -> Address:
+        server = self._started_with
+        if server.socket:
+            return Address(server.reachable_host, 0, False, os.path.abspath(server.socket))
+        return Address(server.reachable_host, self._listener.getsockname()[1], self._certificate is not None, "")
 
     def _take_reports(self, worker: _Worker) -> None:
         try:
@@ -907,6 +916,6 @@ def _by(commands: Iterable[Command]) -> Mapping[str, str]:
     return {"by": ", ".join(names)} if names else {}
 
 
-def _answer(commands: Iterable[Command], answer: ReloadAnswer | Sequence[Throttled]) -> None:
+def _answer(commands: Iterable[Command], answer: ReloadAnswer | Address | Sequence[Throttled]) -> None:
     for command in commands:
         command.answer(answer)
