@@ -724,7 +724,10 @@ def test_a_file_that_has_no_certificate_is_wrong_usage(
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_the_clients_of_python_trust_that_issuer(
-    secured: tuple[str, Certificate], trusted: bool, monkeypatch: pytest.MonkeyPatch
+    secured: tuple[str, Certificate],
+    trusted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     url, made = secured
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
@@ -737,6 +740,8 @@ def test_the_clients_of_python_trust_that_issuer(
 
     with nullcontext() if trusted else pytest.raises(IssuerUnavailable):
         assert asyncio.run(identify()) is None
+    said = "its certificate is not trusted: self-signed certificate: name the file"
+    assert (said in caplog.text) is not trusted
     with PoolClient(url, auth=auth) as pools:
         if trusted:
             with pools.lease("permit") as lease:
@@ -745,3 +750,4 @@ def test_the_clients_of_python_trust_that_issuer(
             with pytest.raises(IssuerUnavailable) as refused, pools.lease("permit", wait=600):
                 pass
             assert "SSL_CERT_FILE" in refused.value.distrust
+            assert str(refused.value).startswith("The certificate of tokenauth is not trusted: self-signed certificate")

@@ -84,15 +84,23 @@ _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 
 def unavailable(error: Exception) -> IssuerUnavailable:
     """Return the refusal for a request that was not answered."""
-    refusal, cause = IssuerUnavailable(), cast("BaseException | None", error)
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        refusal.distrust = refusal.distrust or getattr(cause, "distrust", "")
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        unknown = cause.verify_code in _UNKNOWN_ISSUER
-        fix = ": name the file of its issuer's certificate in SSL_CERT_FILE" if unknown else ""
-        refusal.distrust = f"{cause.verify_message.rstrip('.')}{fix}"
+    distrust = find_distrust(error)
+    refusal = IssuerUnavailable(f"The certificate of tokenauth is not trusted: {distrust}." if distrust else None)
+    refusal.distrust = distrust
     return refusal
+
+
+def find_distrust(error: Exception) -> str:
+    """Return why the certificate of the server is not trusted, if that is the cause of an error; otherwise ""."""
+    distrust, cause = "", cast("BaseException | None", error)
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        distrust = distrust or getattr(cause, "distrust", "")
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return distrust
+    unknown = cause.verify_code in _UNKNOWN_ISSUER
+    fix = ": name the file of its issuer's certificate in SSL_CERT_FILE" if unknown else ""
+    return f"{cause.verify_message.rstrip('.')}{fix}"
 
 
 def retry_after(response: httpx.Response) -> int | None:

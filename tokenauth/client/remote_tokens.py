@@ -196,7 +196,8 @@ class RemoteTokens:
         except _UnexpectedResponse as error:
             failure = str(error)
         except Exception as error:
-            failure = type(error).__name__
+            distrust = issuer.find_distrust(error)
+            failure = f"its certificate is not trusted: {distrust}" if distrust else type(error).__name__
         # Not in the handlers: IssuerUnavailable would keep their exceptions as its context, and these reference the
         # request with its token.
         if failure:
