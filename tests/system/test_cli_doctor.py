@@ -317,7 +317,7 @@ def test_a_server_of_another_configuration_is_found(tmp_path: Path) -> None:
         text = f"tokenauth serves on 127.0.0.1 port {port}, but not with tokenauth.toml: process"
         assert found["port"]["text"].startswith(text)
         refused = mistake(run(tmp_path, "reload"))
-        assert re.search(r" (Process \d+ serves another file|Processes \d.* serve other files): name it", refused)
+        assert re.search(r" (Process \d+ serves another file|Processes \d.* serve other files): name that", refused)
         assert examined(tmp_path, "-c", "config.toml")[1]["port"]["status"] == "ok"
 
 

@@ -240,12 +240,12 @@ def _ask_all(path: Path, purpose: Purpose, type: type[_Answer], seconds: float =
     if not answers:
         busy = " One, of whatever user, takes no more connections." if names else ""
         others = describe_others(path)
-        which = f" {others[0].upper()}{others[1:]}: name it with --config." if others else ""
-        raise StartError(f"No server of this user serves {path}: {_START}{which}{busy}")
+        why = f"{others[0].upper()}{others[1:]}: name that one with --config." if others else _OLDER
+        raise StartError(f"No server of this user serves {path}: start one with `tokenauth serve`. {why}{busy}")
     return {pid: _decode(pid, data, type) for pid, data in answers.items()}
 
 
-_START = "start one with `tokenauth serve`. If one runs, it is of another release: restart it."
+_OLDER = "If one runs, it is of another release: restart it."
 
 
 def _ask(name: str, path: Path, answers: dict[int, bytes], seconds: float) -> bool:
