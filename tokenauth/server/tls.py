@@ -5,7 +5,7 @@ import re
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,14 +72,20 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
         _handshake(context, client)
     except ssl.SSLError as error:
         if error.reason == "EXCESSIVE_MESSAGE_SIZE":
-            count = len(_CERTIFICATE.findall(pair.certificate))
-            problem = f"{settings.tls_certificate} has {count:,} certificates, which is too large for clients"
-            fix = "leave only the certificate of this service and those of its issuers"
+            problem, fix = _too_large(settings.tls_certificate, _CERTIFICATE.findall(pair.certificate))
         else:
             problem = f"no client can connect with {what}: {_reason(error)}"
             fix = "renew both, with an RSA key or an elliptic one (P-256)"
         raise ConfigError(f"server.tls_certificate: {problem}; {fix}") from None
     return pair
+
+
+def _too_large(path: str, certificates: Sequence[bytes]) -> tuple[str, str]:
+    """Return what is wrong with certificates that no client accepts together, and what helps."""
+    if len(b"".join(certificates[:1])) > len(b"".join(certificates[1:])):
+        return f"the certificate in {path} is too large for clients", "renew it for fewer names"
+    problem = f"{path} has {len(certificates):,} certificates, which is too large for clients"
+    return problem, "leave only the certificate of this service and those of its issuers"
 
 
 def _reason(error: ssl.SSLError) -> str:
