@@ -280,6 +280,16 @@ def test_queued_connections_are_answered_at_a_stop(tmp_path: Path, one: Certific
         assert server.process.wait(60) == 0
 
 
+def test_a_client_that_has_read_all_does_not_delay_a_stop(tmp_path: Path, one: Certificate) -> None:
+    """It keeps its connection and does not end TLS."""
+    request = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with secured(tmp_path, one) as server, connect(server, trusting(one.certificate)) as client:
+        client.sendall(request)
+        assert sum(iter(lambda: len(client.recv(1 << 20)), 0)) > 100_000
+        assert server.stop() == 0
+        assert server.errors() == []
+
+
 def test_a_renewal_with_which_no_client_connects_is_refused(tmp_path: Path, one: Certificate) -> None:
     """A program that adds each renewal to the file, in place of replacing it, ends there."""
     shown = Certificate(tmp_path / "tls.pem", tmp_path / "tls.key")
@@ -320,6 +330,16 @@ def test_each_broken_pair_is_named(tmp_path: Path, one: Certificate) -> None:
     command = ["openssl", "pkey", "-in", str(key), "-aes256", "-passout", "pass:hunter2", "-out", str(locked)]
     subprocess.run(command, check=True, capture_output=True)
     assert "is encrypted; store it without a passphrase" in mistake(Certificate(pem, locked))
+
+
+def test_a_certificate_with_too_many_names_is_refused(tmp_path: Path, one: Certificate) -> None:
+    """Also with that of its issuer in the same file."""
+    names = ",".join(f"DNS:name-{number:050}.example.com" for number in range(1600))  # 110 KB; clients take 100
+    large = make_certificate(tmp_path, "large", f"issuerAltName={names}")
+    expected = f"server.tls_certificate: the certificate in {large.certificate} is too large for clients"
+    assert mistake(large) == f"{expected}; renew it for fewer names"
+    large.certificate.write_bytes(large.certificate.read_bytes() + one.certificate.read_bytes())
+    assert mistake(large).startswith(expected)
 
 
 def test_one_file_can_have_both(tmp_path: Path, one: Certificate) -> None:

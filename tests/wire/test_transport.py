@@ -2,12 +2,19 @@
 
 import asyncio
 import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import uvloop
 
+from tests.support.certificates import make_certificate
 from tests.support.connections import Connection
-from tests.support.servers import Server
+from tests.support.servers import Server, serve, write_config
+from tokenauth.server import transport as module
 from tokenauth.server.transport import LingeringTransport
 
 
@@ -17,7 +24,6 @@ class RecordingTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__({"peername": ("10.0.0.1", 5)})
         self.sent: list[bytes | str] = []
-        self.unsent = 0
         self.protocol: asyncio.BaseProtocol = asyncio.Protocol()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
@@ -42,7 +48,8 @@ class RecordingTransport(asyncio.Transport):
         """Do nothing: it never pauses reading."""
 
     def get_write_buffer_size(self) -> int:
-        return self.unsent
+        """Return 0: data is sent at once."""
+        return 0
 
     def is_closing(self) -> bool:
         return "closed" in self.sent
@@ -78,15 +85,11 @@ async def test_buffered_data_is_sent_before_the_close() -> None:
     assert inner.sent == [b"last", "closed"]
 
 
-@pytest.mark.parametrize(("lingers", "unsent"), [(True, 0), (False, 1)])
-async def test_lingering_closes_only_the_write_side(lingers: bool, unsent: int) -> None:
-    """While the client may still be sending, and while a part of the answer is not sent.
-
-    The transport reports that it is closing and ignores later writes.
-    """
+async def test_lingering_closes_only_the_write_side() -> None:
+    """The transport reports that it is closing and ignores later writes."""
     inner = RecordingTransport()
     transport = LingeringTransport(inner, asyncio.get_running_loop())
-    transport.lingers, inner.unsent = lingers, unsent
+    transport.lingers = True
     transport.write(b"last")
     transport.close()
     transport.close()
@@ -111,6 +114,132 @@ async def test_other_methods_are_those_of_the_transport() -> None:
     transport = LingeringTransport(RecordingTransport(), asyncio.get_running_loop())
     assert transport.get_extra_info("peername") == ("10.0.0.1", 5)
     assert isinstance(cast(Any, transport).sent, list)
+
+
+class Answering(asyncio.Protocol):
+    """Sends an answer, closes, and tells when the connection is gone."""
+
+    def __init__(self, answer: bytes, lingers: bool) -> None:
+        self._answer = answer
+        self._lingers = lingers
+        self.gone = asyncio.Event()
+        self.failure: Exception | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        wrapped = LingeringTransport(cast(asyncio.Transport, transport), asyncio.get_running_loop())
+        wrapped.lingers = self._lingers
+        half = len(self._answer) // 2
+        wrapped.write(self._answer[:half])
+        wrapped.write(self._answer[half:])  # TLS counts as unsent only what comes after the first part
+        wrapped.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.failure = exc
+        self.gone.set()
+
+
+@asynccontextmanager
+async def answered(
+    answer: bytes, lingers: bool, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[Answering, socket.socket]]:
+    """Connect a client that receives little at a time."""
+    loop, protocol = asyncio.get_running_loop(), Answering(answer, lingers)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects: most waits at the server
+        client.setblocking(False)
+        async with await loop.create_server(lambda: protocol, "127.0.0.1", 0, ssl=tls) as server, asyncio.timeout(50):
+            await loop.sock_connect(client, server.sockets[0].getsockname())
+            yield protocol, client
+
+
+async def read_all(client: socket.socket) -> bytes:
+    loop, received = asyncio.get_running_loop(), bytearray()
+    while more := await loop.sock_recv(client, 1 << 20):
+        received += more
+    return bytes(received)
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.Runner]:
+    """Run in either event loop, whose errors fail the test. LINGER is short."""
+    monkeypatch.setattr(module, "LINGER", 0.1)
+    errors: list[dict[str, Any]] = []
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        runner.get_loop().set_exception_handler(lambda _, context: errors.append(context))
+        yield runner
+        runner.run(turn())
+    assert errors == []
+
+
+@pytest.mark.parametrize("size", [100, 10_000_000])
+@pytest.mark.parametrize("lingers", [False, True])
+def test_a_client_that_has_read_all_keeps_no_connection(runner: asyncio.Runner, size: int, lingers: bool) -> None:
+    """The client keeps its socket open."""
+
+    async def run() -> None:
+        async with answered(b"x" * size, lingers) as (protocol, client):
+            assert len(await read_all(client)) == size
+            await protocol.gone.wait()
+            assert protocol.failure is None
+
+    runner.run(run())
+
+
+def test_what_arrives_before_all_is_sent_is_discarded(runner: asyncio.Runner) -> None:
+    """Closing with unread data would reset the connection."""
+
+    async def run() -> None:
+        async with answered(b"x" * 10_000_000, lingers=False) as (protocol, client):
+            await asyncio.get_running_loop().sock_sendall(client, b"y" * 1_000_000)
+            assert len(await read_all(client)) == 10_000_000
+            await protocol.gone.wait()
+
+    runner.run(run())
+
+
+@pytest.mark.parametrize("lingers", [False, True])
+def test_with_tls_all_is_sent(runner: asyncio.Runner, tmp_path: Path, lingers: bool) -> None:
+    certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    trusting = ssl.create_default_context(cafile=certificate.certificate)
+
+    async def run() -> None:
+        async with answered(b"x" * 10_000_000, lingers, context) as (protocol, client):
+            reader, writer = await asyncio.open_connection(sock=client, ssl=trusting, server_hostname="127.0.0.1")
+            assert len(await reader.read()) == 10_000_000
+            await protocol.gone.wait()
+            writer.close()
+            await writer.wait_closed()
+
+    runner.run(run())
+
+
+@pytest.mark.parametrize("lingers", [False, True])
+def test_a_client_that_does_not_read_is_reset(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, lingers: bool
+) -> None:
+    monkeypatch.setattr(module, "FLUSH", 0.1)
+
+    async def run() -> None:
+        async with answered(b"x" * 10_000_000, lingers) as (protocol, client):
+            await protocol.gone.wait()
+            with suppress(ConnectionResetError):
+                assert len(await read_all(client)) < 10_000_000
+
+    runner.run(run())
+
+
+def test_a_client_that_has_read_all_does_not_delay_a_stop(tmp_path: Path) -> None:
+    """It keeps its connection, whose last answer was not sent yet when the server closed it."""
+    request = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n"
+    with serve(write_config(tmp_path)) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects: most waits at the server
+        client.connect(("127.0.0.1", server.port))
+        client.sendall((request + b"\r\n") * 30 + request + b"Connection: close\r\n\r\n")
+        assert sum(iter(lambda: len(client.recv(1 << 20)), 0)) > 10_000_000
+        assert server.stop() == 0
+        assert server.errors() == [], "must not stop waiting for the connection after half a minute"
 
 
 def test_a_client_that_sends_ahead_can_read_the_last_answer(server: Server) -> None:

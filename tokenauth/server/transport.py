@@ -7,7 +7,7 @@ MAX_HELD = 64 * 1024
 """Maximum bytes that are kept until the end of the iteration."""
 
 LINGER = 2.0
-"""Seconds that a client has to read its last answer while it still sends, before the connection is reset."""
+"""Seconds that a client which still sends has to read its last answer once it is sent. Then the connection is reset."""
 
 FLUSH = 60.0
 """Seconds that a client has to read what was sent before the connection was closed."""
@@ -75,9 +75,11 @@ class CoalescingTransport:
 class LingeringTransport(CoalescingTransport):
     """Closes a connection so that the client can read the last answer, within a time limit.
 
-    Set `lingers` while the client may still be sending. `close` then ends only this side of the connection, and
-    discards what arrives for LINGER seconds more; for FLUSH seconds if a part of the answer is not sent yet. Closing
-    both sides at once would reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
+    `close` closes both sides as soon as all is sent, which may take FLUSH seconds. Set `lingers` while the client may
+    still be sending: then it ends only this side, and closes after LINGER seconds more. Closing both at once would
+    reset the connection, and the client could lose the answer (RFC 9112 section 9.6).
+
+    From `close` on, what arrives is discarded. With TLS, only until all is sent.
     """
 
     __slots__ = ("lingers",)
@@ -92,17 +94,10 @@ class LingeringTransport(CoalescingTransport):
             return
         self._flush()
         self._closing = True
-        transport = self._transport
-        unsent = transport.get_write_buffer_size()
-        lingers = (self.lingers or unsent) and transport.can_write_eof()
-        if lingers:
-            transport.write_eof()
-            transport.set_protocol(cast(asyncio.Protocol, _Discarding(transport)))
-            transport.resume_reading()
+        if self.lingers or self._transport.get_write_buffer_size():
+            _LastAnswer(self, self._transport, self._loop)
         else:
-            transport.close()
-        if lingers or unsent:
-            self._loop.call_later(FLUSH if unsent else LINGER, transport.abort)
+            self._transport.close()
 
     def abort(self) -> None:
         """Close at once; what was not sent is lost."""
@@ -110,19 +105,50 @@ class LingeringTransport(CoalescingTransport):
         self._transport.abort()
 
 
-class _Discarding:
-    """Replaces `data_received` of a protocol whose last answer was given: discards what arrives, up to a limit."""
+class _LastAnswer:
+    """Replaces the protocol of a connection until it is closed: discards what arrives, up to a limit."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, wrapper: LingeringTransport, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._wrapper = wrapper
         self._transport = transport
+        self._loop = loop
         self._protocol = transport.get_protocol()
         self._left = MAX_DISCARDED
+        self._timer = loop.call_later(FLUSH, transport.abort)
+        transport.set_protocol(cast(asyncio.Protocol, self))
+        transport.resume_reading()
+        if transport.get_write_buffer_size():
+            transport.set_write_buffer_limits(0)  # so that `resume_writing` is called when all is sent
+        else:
+            self._end()
 
     def data_received(self, data: bytes) -> None:
+        self._wrapper.lingers = True
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()
 
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+        self._loop.call_soon(self._end)  # asyncio would report the end twice if it were closed here
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        self._protocol.connection_lost(exc)
+
     def __getattr__(self, name: str) -> Any:
         """Pass everything else to the protocol."""
         return getattr(self._protocol, name)
+
+    def _end(self) -> None:
+        """Close, now that all is sent; only this side, if the client may still be sending."""
+        if self._transport.is_closing():
+            return
+        if self._wrapper.lingers and self._transport.can_write_eof():
+            self._timer.cancel()
+            self._timer = self._loop.call_later(LINGER, self._transport.abort)
+            self._transport.write_eof()
+        else:
+            self._transport.close()
