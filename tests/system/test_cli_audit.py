@@ -47,6 +47,29 @@ main(prog_name="tokenauth")
 """
 """`tokenauth` that gets Ctrl-C while its change is written."""
 
+VANISHING = """
+import os
+from tokenauth.cli.main import main
+
+stat, late = os.stat, {}
+
+def vanishing(path, **options):
+    os.stat = stat
+    if not late:
+        os.unlink("audit.jsonl.1")
+    found = stat(path, **options)
+    if late:
+        os.unlink("audit.jsonl.1")
+    return found
+
+def until_it_is_looked_at(path, **options):
+    return (vanishing if str(path).endswith("audit.jsonl.1") else stat)(path, **options)
+
+os.stat = until_it_is_looked_at
+main(prog_name="tokenauth")
+"""
+"""`tokenauth` for which an older file of the audit log is deleted just before or after it is looked at first."""
+
 POOLS = """
 [pools.licences]
 [pools.devices]
@@ -521,6 +544,18 @@ def following(home: Path, *options: str, printed: str = "printed") -> Iterator[P
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_file_that_is_deleted_while_tail_reads_is_named(home: Path, late: bool) -> None:
+    older = home / "audit.jsonl.1"
+    shutil.copy(home / "audit.jsonl", older)
+    command = ["-c", VANISHING.format(late), "audit", "tail", "--since", "1h"]
+    done = script(home, *command, program=sys.executable)
+    assert done.returncode == 1
+    missing = f"{older}: this cannot be read: No such file or directory"
+    assert done.stderr == f"Warning: acts may be missing here. {missing}\n"
+    assert "upgrade_schema ok" in done.stdout
 
 
 def test_tail_selects_by_user_action_and_time(home: Path) -> None:

@@ -202,7 +202,10 @@ class _Filter:
 
     def is_older(self, path: Path) -> bool:
         """Return whether a file was not changed since the time that is asked for."""
-        return bool(self._since) and path.exists() and path.stat().st_mtime < self._since
+        try:
+            return path.stat().st_mtime < self._since
+        except OSError:  # it was deleted since it was listed: `read` reports that
+            return False
 
     def matches(self, line: bytes) -> bool:
         """Return whether a line is a record that is asked for. A line that a crash has cut is none."""
