@@ -148,7 +148,7 @@ def _answers(data: bytes, methods: Sequence[bytes]) -> Sequence[Answer]:
         method = methods[len(found)] if len(found) < len(methods) else b""
         size = int(length[1]) if length and status != 204 else 0
         if status in REFUSALS and method in {b"HEAD", b""}:  # a refused request is not among the methods
-            size = size if data else 0
+            size = size if data and not data.startswith(b"HTTP/1.1 ") else 0
         elif method == b"HEAD":
             size = 0
         assert len(data) >= size, "an incomplete body"

@@ -59,6 +59,13 @@ def test_no_request_out_of_a_body_and_no_wrong_answer(server: Server) -> None:
     fuzz(server, 1, 60)
 
 
+def test_an_answer_of_the_application_to_head_has_no_body(server: Server) -> None:
+    """Also if it is a refusal, and another answer follows."""
+    stream = b"HEAD /api/token?x=1 HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    answers = fuzzing.exchange(server.port, [stream], read(stream).requests)
+    assert [(answer.status, bool(answer.body)) for answer in answers] == [(400, False), (200, True)]
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
