@@ -143,12 +143,12 @@ class Tokens:
         if disconnected():
             raise ClientGone
 
-    async def validate(self, value: bytes, touch: bool = True) -> Token | None:
-        """Return the token if it is valid. Unless `touch` is False, this is a use of it.
+    async def validate(self, value: bytes, touch: bool = True, digest: bytes | None = None) -> Token | None:
+        """Return the token if it is valid. Unless `touch` is False, this is a use of it. Pass its digest if known.
 
         Raises StoreUnavailable if it cannot be checked now.
         """
-        digest = values.digest(value)
+        digest = digest or values.digest(value)
         if digest is None:
             return None
         stored = self._store.tokens
@@ -162,14 +162,15 @@ class Tokens:
                 return None
         return self._checked(token, now, touch)
 
-    def validate_cached(self, value: bytes) -> Token | None:
+    def holds(self, digest: bytes) -> bool:
+        """Return whether a token is cached, for `validate_cached`. It may be revoked, or have expired."""
+        return self._store.tokens.holds(digest)
+
+    def validate_cached(self, digest: bytes) -> Token | None:
         """Do what `validate` does for a valid token that is cached. None: only `validate` can tell.
 
         Raises StoreUnavailable if revocations cannot be read.
         """
-        digest = values.digest(value)
-        if digest is None:
-            return None
         token, now = self._store.tokens.cached(digest), self._clock()
         if token is None or now >= token.expires_at:
             return None

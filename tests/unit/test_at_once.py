@@ -8,9 +8,9 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from tests.support.speaking import Wire, options, turn
-from tokenauth.errors import StoreUnavailable
+from tokenauth.errors import InvalidToken, StoreUnavailable
 from tokenauth.server.protocol import BoundedProtocol
-from tokenauth.web.asgi_extensions import AT_ONCE, AtOnce, RenderedHeaders
+from tokenauth.web.asgi_extensions import AT_ONCE, AnswerAtOnce, AtOnce, RenderedHeaders
 from tokenauth.web.responses import NO_STORE
 from tokenauth.web.routing import Route
 
@@ -33,19 +33,34 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"hello"})
 
 
-def hello(scope: Scope) -> tuple[bytes, bytes]:
-    scope["state"]["asked"].append(scope["path"])
+def hello(scope: Scope) -> AnswerAtOnce:
     assert scope["query_string"] == b"a=b"
     assert scope["route"] is ROUTE
-    return HEADERS.lines, b"hello"
+
+    def answer() -> tuple[bytes, bytes]:
+        scope["state"]["asked"].append(scope["path"])
+        return HEADERS.lines, b"hello"
+
+    return answer
 
 
-def undecided(scope: Scope) -> None:
-    """Leave it to the application."""
+def uninterested(scope: Scope) -> None:
+    """Leave it to the application, by a look at the request."""
 
 
-def failing(scope: Scope) -> tuple[bytes, bytes]:
-    raise StoreUnavailable
+def refusing(scope: Scope) -> AnswerAtOnce:
+    raise InvalidToken
+
+
+def undecided(scope: Scope) -> AnswerAtOnce:
+    return lambda: None
+
+
+def failing(scope: Scope) -> AnswerAtOnce:
+    def answer() -> tuple[bytes, bytes]:
+        raise StoreUnavailable
+
+    return answer
 
 
 async def speak(data: bytes, at_once: AtOnce | None, state: str = "") -> Outcome:
@@ -84,7 +99,7 @@ async def speak(data: bytes, at_once: AtOnce | None, state: str = "") -> Outcome
     )
 
 
-@pytest.mark.parametrize("at_once", [hello, undecided, failing])
+@pytest.mark.parametrize("at_once", [hello, uninterested, refusing, undecided, failing])
 @pytest.mark.parametrize(
     ("data", "state", "asked"),
     [

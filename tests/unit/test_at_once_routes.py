@@ -62,7 +62,8 @@ async def ask(service: Service, state: Mapping[str, Any], *headers: tuple[bytes,
         route, at_once = state[AT_ONCE][scope["path"]]
         assert route.path == scope["path"]
         answer = at_once({"type": "http", "method": "GET", **scope})
-        found.append(answer and answer[0])
+        sent = answer and answer()
+        found.append(sent and sent[0])
     return found
 
 

@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 import httptools
 from httptools import HttpParserError, HttpParserUpgrade
 from httptools.parser.url_parser import URL
-from starlette.types import Scope
 from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -27,7 +26,7 @@ from tokenauth.errors import Stopping
 from tokenauth.server.head_limit import HeadLimit
 from tokenauth.server.transport import MAX_DISCARDED, LingeringTransport
 from tokenauth.web import urlencoding
-from tokenauth.web.asgi_extensions import AT_ONCE, CLIENT, REFUSAL_RULES, AtOnce, RefusalRules, RenderedHeaders
+from tokenauth.web.asgi_extensions import AT_ONCE, CLIENT, REFUSAL_RULES, AnswerAtOnce, RefusalRules, RenderedHeaders
 
 MAX_HEAD = 16 * 1024
 """Bytes of a request line with its headers, of a chunk's head, and of trailers. More are answered 431."""
@@ -194,13 +193,13 @@ class _Cycle(RequestResponseCycle):
         sent: Coroutine[Any, Any, None] = _send(self, message)
         return sent
 
-    def answer_at_once(self, find: AtOnce) -> bool:
-        """Send what is found, if it can be sent now. Return False if the application must be called."""
+    def answer_at_once(self, answer: AnswerAtOnce) -> bool:
+        """Send an answer, if it can be sent now. Return False if the application must be called."""
         lines = _render(tuple(self.default_headers))
         if lines is None or not self.keep_alive or self.disconnected or self.flow.write_paused:
             return False
         try:
-            found = find(cast(Scope, self.scope))
+            found = answer()
         except Exception:  # the application will meet it again, and report it
             return False
         if found is None:
@@ -632,13 +631,18 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer in the next iteration of the event loop: at once, if the application can, or else in a task."""
         found = self._at_once.get(cycle.scope["path"])
         if found is not None and type(cycle) is _Cycle and cycle.scope["method"] == "GET":
-            cycle.scope["route"], find = found  # type: ignore[typeddict-unknown-key]
-            self.loop.call_soon(self._answer_at_once, find, cycle, app)
-        else:
-            super()._start_asgi_task(cycle, app)
+            cycle.scope["route"], at_once = found  # type: ignore[typeddict-unknown-key]
+            try:
+                answer = at_once(cycle.scope)
+            except Exception:  # the application will meet it again, and report it
+                answer = None
+            if answer is not None:
+                self.loop.call_soon(self._answer_at_once, answer, cycle, app)
+                return
+        super()._start_asgi_task(cycle, app)
 
-    def _answer_at_once(self, find: AtOnce, cycle: _Cycle, app: ASGI3Application) -> None:
-        if not cycle.answer_at_once(find):
+    def _answer_at_once(self, answer: AnswerAtOnce, cycle: _Cycle, app: ASGI3Application) -> None:
+        if not cycle.answer_at_once(answer):
             super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

@@ -48,6 +48,10 @@ class TokenCache:
             self._catch_up()
         return self._usable.get(digest)
 
+    def holds(self, digest: bytes) -> bool:
+        """Return whether a token is cached. It may be revoked: only `cached` applies the revocations."""
+        return digest in self._usable
+
     async def look_up(self, digest: bytes) -> Token | None:
         """Look up a token, cached or not, and cache it unless anything was revoked during the look-up."""
         generation = self._generation

@@ -179,6 +179,7 @@ class TokenStore:
         self._engine = engine
         self._cache = cache
         self.cached = cache.cached
+        self.holds = cache.holds
         """Returns what `get` returns without waiting; None for what must be looked up, as `look_up` does."""
         self.look_up = cache.look_up
         self.share: Share | None = None

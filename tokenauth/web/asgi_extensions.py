@@ -56,11 +56,15 @@ It has, by path, a route, which the server puts into the scope, and its AtOnce.
 """
 
 
-AtOnce = Callable[[Scope], tuple[bytes, bytes] | None]
-"""Returns an answer with status 200: the lines of its headers, with the Content-Length, and its body.
+AnswerAtOnce = Callable[[], tuple[bytes, bytes] | None]
+"""Returns an answer with status 200: the lines of its headers, with the Content-Length, and its body; or None."""
 
-The server asks it before it calls the application with a GET request without a body. If it returns None or raises an
-exception, the application is called. So no task is made for the answer, which would be a sixth of its time.
+
+AtOnce = Callable[[Scope], AnswerAtOnce | None]
+"""Looks at a GET request without a body that has just been read, and returns what may answer it; or None.
+
+The server asks for the answer in the next iteration of the event loop. So no task is made for it, which would be a
+sixth of its time. If either returns None or raises an exception, the application is called.
 """
 
 

@@ -1,13 +1,14 @@
 """Cross-origin requests of web pages (CORS)."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenauth.web.asgi_extensions import AtOnce
+from tokenauth.web.asgi_extensions import AnswerAtOnce, AtOnce
 
 
 class CORS(CORSMiddleware):
@@ -42,8 +43,13 @@ class CORS(CORSMiddleware):
 def answer_with_cors(at_once: AtOnce) -> AtOnce:
     """Answer at once as CORS would: only a request that no page of another origin sends."""
 
-    def answer(scope: Scope) -> tuple[bytes, bytes] | None:
-        found = None if any(name == b"origin" for name, _ in scope["headers"]) else at_once(scope)
-        return found and (found[0] + b"vary: Origin\r\n", found[1])
+    def look(scope: Scope) -> AnswerAtOnce | None:
+        answer = None if any(name == b"origin" for name, _ in scope["headers"]) else at_once(scope)
+        return None if answer is None else partial(_with_vary, answer)
 
-    return answer
+    return look
+
+
+def _with_vary(answer: AnswerAtOnce) -> tuple[bytes, bytes] | None:
+    found = answer()
+    return found and (found[0] + b"vary: Origin\r\n", found[1])

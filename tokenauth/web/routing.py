@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenauth.errors import ConfigError
+from tokenauth.web.asgi_extensions import AnswerAtOnce
 from tokenauth.web.exceptions import MethodNotAllowed
 from tokenauth.web.requests import Request
 
@@ -27,7 +28,7 @@ class Endpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
-    def at_once(self, scope: Scope) -> tuple[bytes, bytes] | None:
+    def at_once(self, scope: Scope) -> AnswerAtOnce | None:
         """Answer a GET request without a body, if it can be answered without waiting (`asgi_extensions.AtOnce`)."""
         return None
 

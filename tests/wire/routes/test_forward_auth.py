@@ -230,7 +230,7 @@ class BrokenTokens(Tokens):
     def __init__(self) -> None:
         pass
 
-    async def validate(self, value: bytes, touch: bool = True) -> Token | None:
+    async def validate(self, value: bytes, touch: bool = True, digest: bytes | None = None) -> Token | None:
         raise ZeroDivisionError(value)
 
 

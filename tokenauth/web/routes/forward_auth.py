@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import quote
@@ -10,11 +10,13 @@ from urllib.parse import quote
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tokenauth import values
 from tokenauth.errors import Forbidden, InsufficientScope, InvalidRequest, InvalidToken, Refusal, TokenRequired
 from tokenauth.logs import log, safe_traceback
 from tokenauth.metrics import ValidationCounts
 from tokenauth.models import Identity, Token, is_scope
 from tokenauth.tokens import Tokens
+from tokenauth.web.asgi_extensions import AnswerAtOnce
 from tokenauth.web.browser_auth import BrowserAuth, Headers
 from tokenauth.web.error_handling import log_denied
 from tokenauth.web.exceptions import RetryableInternalError
@@ -66,14 +68,22 @@ class ForwardAuth(Endpoint):
         self._browser = browser
         self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
-    def at_once(self, scope: Scope) -> tuple[bytes, bytes] | None:
-        """Answer for a valid token that is cached. Raises the error of a request that may not pass."""
+    def at_once(self, scope: Scope) -> AnswerAtOnce | None:
+        """Answer for a valid token that is cached. Both this and the answer raise the error of what may not pass."""
         asked = self._asked(scope)
         value, cookie_headers = self._find_token(scope, asked)
-        token = self._tokens.validate_cached(value) if value is not None and asked.touch else None
+        digest = values.digest(value) if value is not None and asked.touch else None
+        if digest is None or not self._tokens.holds(digest):
+            return None
+        return partial(self._answer, scope, asked, digest, cookie_headers)
+
+    def _answer(
+        self, scope: Scope, asked: _Query, digest: bytes, cookie_headers: Headers | None
+    ) -> tuple[bytes, bytes] | None:
+        token = self._tokens.validate_cached(digest)
         if token is None:
             return None
-        response = self._check(value, token, asked)
+        response = self._check(None, token, asked)
         self._check_page(scope, cookie_headers)
         self._counts.valid += 1
         return b"%bx-auth-expires: %d\r\n" % (response.lines, token.expires_at), b""
