@@ -40,6 +40,9 @@ def far(postgres: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_takes_so_many_round_trips(far: Far, name: str) -> None:
-    """The fewest of some attempts count: other tasks of the worker cause more."""
-    attempts = [OPERATIONS[name](far) for _ in range(TRIES)]
-    assert min(far.round_trips(attempt) for attempt in attempts) == ROUND_TRIPS[name]
+    """The fewest of some attempts count: other tasks of the worker cause more, on a busy machine for a while."""
+    found: list[int] = []
+    while not found or (min(found) > ROUND_TRIPS[name] and len(found) < 5 * TRIES):
+        attempts = [OPERATIONS[name](far) for _ in range(TRIES)]
+        found += [far.round_trips(attempt) for attempt in attempts]
+    assert min(found) == ROUND_TRIPS[name]
