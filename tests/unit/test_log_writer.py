@@ -52,14 +52,17 @@ def test_lines_without_room_are_dropped_and_counted(pipe: Pipe) -> None:
         writer.write(f"{number} {'x' * 200}")
     reader = Thread(target=writer.flush, args=(20,))
     reader.start()
-    data = b""
-    while b"dropped" not in data:
+    data, kept, dropped = b"", list[int](), 0
+    while len(kept) + dropped < 1000:  # the thread may make room meanwhile, so that lines are dropped several times
         data += os.read(pipe.reading, 1 << 16)
+        lines = data[: data.rfind(b"\n") + 1].decode().splitlines()
+        kept = [int(line.split()[0]) for line in lines if "x" in line]
+        dropped = sum(int(line.split()[0]) for line in lines if line.endswith(" lines dropped"))
     reader.join()
-    *lines, last = data.decode().splitlines()
-    assert [int(line.split()[0]) for line in lines] == list(range(len(lines))), "no line may be missing in between"
-    assert CAPACITY - 300 < len(data) < 2 * CAPACITY + 8192
-    assert last == f"{1000 - len(lines)} lines dropped"
+    assert len(kept) + dropped == 1000
+    assert dropped > 0
+    assert kept == sorted(set(kept)), "lines keep their order"
+    assert len(data) > CAPACITY - 300
     writer.write("end")
     assert pipe.read() == []
 
