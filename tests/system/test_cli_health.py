@@ -59,7 +59,7 @@ def test_a_server_on_a_unix_socket_is_asked_there(tmp_path: Path) -> None:
 def test_a_mistake_in_the_file_does_not_make_its_server_unhealthy(
     tmp_path: Path, more: str, broken: str | None, said: str, ready: bool
 ) -> None:
-    """Whoever restarts it then has a server that cannot start."""
+    """A container that is restarted for it could not start again."""
     config = write_config(tmp_path, more)
     with serve(config, on_port=not more):
         if broken is None:
