@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Route, expect
+from playwright.sync_api import APIResponse, BrowserContext, ConsoleMessage, Locator, Page, Route, expect
 
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster
@@ -254,6 +254,66 @@ def test_the_keyboard_is_enough(page: Page, server: Server, client: httpx.Client
     assert not probe(client, other)
 
 
+def test_a_dialog_goes_on_after_a_reading_that_began_later(page: Page, server: Server, client: httpx.Client) -> None:
+    """When it closes, what it ended is gone, also if an older list was on its way."""
+    log_in(client, "ann", "ann-secret", headers={"User-Agent": "job"})
+    enter(page, server)
+    row(page, "My logins", "job").get_by_role("button").click()
+    older: list[tuple[Route, APIResponse]] = []
+
+    def hold(route: Route) -> None:
+        older.append((route, route.fetch()))
+
+    page.route("**/api/tokens", hold, times=1)
+    with page.expect_event("request", lambda request: request.url.endswith("/api/tokens")):
+        log_in(client, "ann", "ann-secret", headers={"User-Agent": "cron"})
+    with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+        page.get_by_role("dialog").get_by_role("button", name="End login").click()
+    expect(page.get_by_text("The login is ended.")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    for route, answer in older:
+        route.fulfill(response=answer)
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    assert row(page, "My logins", "job").count() == 0
+    expect(row(page, "My logins", "cron")).to_be_visible()
+    assert len(older) == 1
+
+
+@pytest.mark.parametrize("view", ["mine", "pools/phones", "tokens"])
+def test_the_heading_gets_the_focus_of_what_another_ends(
+    page: Page, server: Server, client: httpx.Client, view: str
+) -> None:
+    job = {"X-Token": log_in(client, headers={"User-Agent": "job"})}
+    ended = "/api/token"
+    if view == "pools/phones":
+        leased = client.post("/api/pools/phones/leases", json={"holder": "job"}, headers=job).json()
+        ended = f"/api/pools/phones/leases/{leased['token']}?force=true"
+    enter(page, server, "admin", "admin", f"#{view}")
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_be_focused()  # the form that had the focus is gone
+    button = page.get_by_role("row").filter(has_text="job").get_by_role("button", name=re.compile("^(End|Release)"))
+    button.focus()
+    expect(button).to_be_focused()
+    assert client.delete(ended, headers=job).is_success
+    expect(button).to_have_count(0)
+    expect(heading).to_be_focused()
+
+
+def test_a_refused_action_keeps_the_focus_and_says_why(page: Page, server: Server) -> None:
+    enter(page, server)
+    dialog = page.get_by_role("dialog")
+    make = dialog.get_by_role("button", name="Make token")
+    for button in ("Done", "Cancel"):
+        page.get_by_role("button", name="New named token").click()
+        dialog.get_by_label("Name").fill("twice")
+        make.press("Enter")
+        if button == "Cancel":
+            expect(dialog.get_by_role("alert")).to_contain_text("You have a token of this name.")
+            expect(make).to_be_focused()
+        confirm(page, button)
+    expect(page.get_by_role("button", name="New named token")).to_be_focused()
+
+
 DISTANCES = {
     0.4: "now",
     -1: "1 second ago",
@@ -281,18 +341,6 @@ def page_import(page: Page, server: Server, file: str, function: str, argument: 
     assert module is not None
     found: object = page.evaluate(function, [f"./{module.replace('app.js', file)}", argument])
     return found
-
-
-def test_a_refused_action_says_why_in_its_dialog(page: Page, server: Server) -> None:
-    enter(page, server)
-    dialog = page.get_by_role("dialog")
-    for button in ("Done", "Cancel"):
-        page.get_by_role("button", name="New named token").click()
-        dialog.get_by_label("Name").fill("twice")
-        dialog.get_by_role("button", name="Make token").click()
-        if button == "Cancel":
-            expect(dialog.get_by_role("alert")).to_contain_text("You have a token of this name.")
-        confirm(page, button)
 
 
 def test_a_user_sees_leases_places_and_no_controls(page: Page, server: Server, client: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 // The console: who is logged in, which view is shown, and whether the service answers.
 
 import { hasToken, logOut, now, onChange, whoAmI } from "./api.js";
+import { keepFocus } from "./focus.js";
 import { readAll, start, stop, subscribe } from "./live.js";
 import { LogIn } from "./login.js";
 import { Mine } from "./mine.js";
@@ -102,9 +103,9 @@ function App() {
     setMe(null);
   };
   if (error) {
-    return html`<${Banner} /><main class="narrow"><h1>Console</h1><${Problem} error=${error} retry=${begin} /></main>`;
+    return html`<${Banner} /><main class="narrow"><h1 tabindex="-1">Console</h1><${Problem} error=${error} retry=${begin} /></main>`;
   }
-  if (me === undefined) return html`<main class="narrow"><h1>Console</h1><p class="soft loading" role="status">Loading…</p></main>`;
+  if (me === undefined) return html`<main class="narrow"><h1 tabindex="-1">Console</h1><p class="soft loading" role="status">Loading…</p></main>`;
   if (me === null) return html`<${LogIn} entered=${entered} note=${note} />`;
   return html`<${Shell} me=${me} logOut=${leave} />`;
 }
@@ -187,4 +188,5 @@ function Banner() {
 
 const root = document.getElementById("console");
 root.replaceChildren();
+keepFocus();
 render(html`<${App} />`, root);

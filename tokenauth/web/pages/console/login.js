@@ -19,6 +19,7 @@ export function LogIn({ entered, note }) {
 
   const enter = async (event, begin) => {
     event.preventDefault();
+    if (busy) return;
     const fields = event.target.elements;
     setBusy(true);
     setError(null);
@@ -51,14 +52,14 @@ export function LogIn({ entered, note }) {
       <input id="username" name="username" required maxlength="256" autocomplete="username" autocapitalize="none" spellcheck=${false} />
       <label for="password">Password</label>
       <input id="password" name="password" type="password" required maxlength="1024" autocomplete="current-password" />
-      <button class=${page ? "button plain" : "button"} disabled=${busy}>Log in${page ? " for this tab only" : ""}</button>
+      <button class=${page ? "button plain" : "button"} aria-disabled=${busy}>Log in${page ? " for this tab only" : ""}</button>
     </form>
     <details>
       <summary>Use a token instead</summary>
       <form onSubmit=${withToken}>
         <label for="token">Token</label>
         <input id="token" name="token" type="password" required autocomplete="off" />
-        <button class="button plain" disabled=${busy}>Use this token</button>
+        <button class="button plain" aria-disabled=${busy}>Use this token</button>
       </form>
     </details>
     <p class="soft small">

@@ -146,10 +146,7 @@ function Dialog({ title, text, content, fields, action, danger, run, close }) {
   useEffect(() => {
     const before = document.activeElement;
     element.current.showModal();
-    return () => {
-      // The button that opened it may be gone with its row, when all has been drawn.
-      setTimeout(() => (before?.isConnected ? before : document.querySelector("h1"))?.focus());
-    };
+    return () => void setTimeout(() => before?.focus()); // after it, the page is open again
   }, []);
   const submit = async (event) => {
     event.preventDefault();
@@ -184,7 +181,7 @@ function Dialog({ title, text, content, fields, action, danger, run, close }) {
           ${error && html`<${Problem} error=${error} />`}
           <div class="buttons">
             <button type="button" onClick=${close}>Cancel</button>
-            <button class=${danger ? "main danger" : "main"} disabled=${busy}>${action}</button>
+            <button class=${danger ? "main danger" : "main"} aria-disabled=${busy}>${action}</button>
           </div>
         </form>`}
   </dialog>`;
