@@ -69,7 +69,8 @@ MISTAKES = {
     "[pools]\na = 1": "pools.a: must be a table, not an integer",
     f"server.socket = '/{'x' * 107}'": "server.socket: is a path of 108 bytes; a socket can have at most 107",
     "server.socket = '@name'": "server.socket: must be a path such as '/run/tokenauth/tokenauth.sock'",
-    'server.socket = "/a\\u0000"': "server.socket: must be a path such as '/run/tokenauth/tokenauth.sock'",
+    'server.socket = "/a\\u0000"': "server.socket: must be a path such as '/run/tokenauth/tokenauth.sock'"
+    ", not '/a\\x00'",
     "server.tls_key = '/k'": "server.tls_certificate: is missing: tls_key needs it",
     "server.tls_certificate = '/c'": "server.tls_key: is missing: tls_certificate needs it",
     "server = {socket = '/s', tls_certificate = '/c', tls_key = '/k'}": "server.tls_certificate: must not be set with "
@@ -396,13 +397,13 @@ def test_a_variable_and_its_file_exclude_each_other(tmp_path: Path) -> None:
 
 
 BROKEN_SECRETS = {
-    "two lines": (b"hunter2\nhunter2\n", "must have one line of printable text, at most 65536 bytes"),
-    "two line breaks": (b"hunter2\n\n", "must have one line of printable text, at most 65536 bytes"),
-    "too long": (b"hunter2" * 10_000, "must have one line of printable text, at most 65536 bytes"),
-    "no UTF-8": (b"hunter2\xff", "is not printable text"),
-    "a directory": (None, "cannot be read: it is not a regular file"),
-    "nothing": (None, "cannot be read: No such file or directory"),
-    "a NUL": (None, "is not printable text"),
+    "two lines": (b"hunter2\nhunter2\n", "must have one line of printable text, at most 65536 bytes; correct the file"),
+    "two line breaks": (b"hunter2\n\n", "must have one line of printable text, at most 65536 bytes; correct the file"),
+    "too long": (b"hunter2" * 10_000, "must have one line of printable text, at most 65536 bytes; correct the file"),
+    "no UTF-8": (b"hunter2\xff", "is not printable text; correct HASH_FILE"),
+    "a directory": (None, "cannot be read: it is not a regular file; correct HASH_FILE"),
+    "nothing": (None, "cannot be read: No such file or directory; correct HASH_FILE"),
+    "a NUL": (None, "is not printable text; correct HASH_FILE"),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_certificate
 from tokenauth.errors import ConfigError
 from tokenauth.passwords import Passwords
 from tokenauth.risks import find_risks
@@ -101,7 +102,9 @@ def test_other_mistakes_have_their_line(file: Path, content: str | bytes, proble
 
 
 def test_a_missing_file_is_a_mistake(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^users_file\.path: .*htpasswd cannot be read: No such file or directory$"):
+    with pytest.raises(
+        ConfigError, match=r"^users_file\.path: .*htpasswd cannot be read: No such file or directory; put"
+    ):
         loader.parse(f'users_file = "{file}"', {})
     assert "cannot be read" in loader.examine(f'users_file = "{file}"', {})[1][0]
 
@@ -118,8 +121,7 @@ def test_no_file_that_is_a_pipe_is_opened(tmp_path: Path, setting: str) -> None:
     """Opening it would block the main process until someone writes."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    certificate = tmp_path / "certificate"
-    certificate.write_text("-----BEGIN CERTIFICATE-----")
+    certificate = make_certificate(tmp_path).certificate
     pair = [pipe, certificate] if setting == "server.tls_certificate" else [certificate, pipe]
     with pytest.raises(ConfigError, match="it is not a regular file"):  # noqa: PT012  (one of three)
         if setting == "users_file.path":

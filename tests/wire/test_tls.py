@@ -312,17 +312,43 @@ def mistake(certificate: Certificate) -> str:
     return str(refusal.value)
 
 
+def broken_files(good: bytes) -> Iterator[tuple[str, bytes, str]]:
+    """Yield names and contents of broken files, and what is said of them."""
+    first, second, *others = good.splitlines(keepends=True)
+    yield "empty", b"", "is empty"
+    yield "blank", b"\r\n", "is empty"
+    yield "binary", bytes(range(256)) * 10, "has no "
+    yield "page", b"<html>404</html>", "has no "
+    yield "wide", good.decode().encode("utf-16"), "has no "
+    yield "large", b"# a comment\n" * 100_000 + good, "has more than 1 MiB"
+    yield "cut", good[: len(good) // 2], "has a "
+    yield "cut at the end", good[:-10], "has a "
+    yield "without a line", b"".join([first, *others]), "is damaged"
+    yield "with another line", b"".join([first, b"!" * 64 + b"\n", second, *others]), "is damaged"
+
+
 def test_each_broken_pair_is_named(tmp_path: Path, one: Certificate) -> None:
     other = make_certificate(tmp_path, "other")
     pem, key = one
     assert "does not belong to the certificate in" in mistake(Certificate(pem, other.key))
-    assert mistake(Certificate(tmp_path / "none", key)).endswith("none cannot be read: No such file or directory")
+    rsa = tmp_path / "rsa"
+    subprocess.run(["openssl", "genrsa", "-out", str(rsa), "2048"], check=True, capture_output=True)
+    assert "does not belong to the certificate in" in mistake(Certificate(pem, rsa))
+    put = "; put it there, or change server.tls_"
+    none = f"{tmp_path / 'none'} cannot be read: No such file or directory{put}"
+    assert mistake(Certificate(tmp_path / "none", key)) == f"server.tls_certificate: {none}certificate"
+    assert mistake(Certificate(pem, tmp_path / "none")) == f"server.tls_key: {none}key"
     assert mistake(Certificate(pem, tmp_path)).startswith("server.tls_key: ")
     assert "has no certificate in PEM form" in mistake(Certificate(key, key))
     assert "has no private key in PEM form" in mistake(Certificate(pem, pem))
-    broken = tmp_path / "broken"
-    broken.write_bytes(pem.read_bytes()[:200] + b"\n-----END CERTIFICATE-----\n")
-    assert "cannot be used: " in mistake(Certificate(broken, key))
+    for kind, what in (("certificate", f"certificate 1 in {tmp_path}/"), ("key", f"the private key in {tmp_path}/")):
+        for name, content, problem in broken_files(one[kind == "key"].read_bytes()):
+            file = tmp_path / f"{kind} {name}"
+            file.write_bytes(content)
+            pair = Certificate(file, key) if kind == "certificate" else Certificate(pem, file)
+            says = f"{what}{file.name} {problem}" if problem == "is damaged" else f"{file} {problem}"
+            assert mistake(pair).startswith(f"server.tls_{kind}: {says}")
+            assert "; " in mistake(pair)
     unusual = make_certificate(tmp_path, "unusual", curve="secp224r1")
     assert "no client can connect with " in mistake(unusual)
     assert "renew both, with an RSA key" in mistake(unusual)

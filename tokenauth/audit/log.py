@@ -78,7 +78,9 @@ def _file_problem(file: Path) -> str | None:
         return None
     if stat.S_ISLNK(mode):
         return f"{file} is a link, and none is followed; put the file itself there, or change audit.file"
-    if not (stat.S_ISREG(mode) and os.access(file, os.R_OK | os.W_OK)):
+    if not stat.S_ISREG(mode):
+        return f"{file} is not a regular file; move it away, or change audit.file"
+    if not os.access(file, os.R_OK | os.W_OK):
         return f"{file} cannot be read and written by this user; {_REMEDY}"
     return None
 

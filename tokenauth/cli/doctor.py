@@ -136,7 +136,9 @@ def _examine_settings(path: Path, text: str, settings: Settings, missing: Collec
     if lacking & {"users", "users_file"}:
         yield _not_examined("users")
     elif settings.users:
-        yield Finding("ok", "configuration", f"{path} has {users} and {pools}")
+        found = f"{path} has {users} and {pools}"
+        relative = loader.describe_relative_paths(settings)
+        yield Finding("ok", "configuration", f"{found}; {relative}" if relative else found)
     else:
         yield Finding("warning", "configuration", "nobody can log in", "add a user with `tokenauth user add NAME`")
     if "server" in lacking:

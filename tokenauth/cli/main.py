@@ -119,9 +119,9 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
             service = create_service(settings)
             find_routes(service)
             risks = find_risks(settings, service.passwords, path)
+            check_address(settings.server)
             check_accepted(settings, risks)
             tls.read(settings.server)
-            check_address(settings.server)
             check_files(settings.database)
     except ConfigError as error:
         mistake = error
@@ -144,6 +144,8 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
             count(len(settings.pools), "pool"),
             count(len(risks), "risk"),
         )
+        if relative := loader.describe_relative_paths(settings):
+            click.echo(printable(f"R{relative[1:]}."))
         if not settings.users:
             click.echo("Nobody can log in: add a user with `tokenauth user add NAME`.")
         click.echo(printable(f"{path}: ok, {', '.join(counts)}"))

@@ -189,7 +189,7 @@ def _connect(url: str, login: dict[str, str]) -> "AsyncPoolClient":
         file = os.environ.get("SSL_CERT_FILE", "")
         raise _WrongUsage(f"SSL_CERT_FILE: {file} cannot be used: {error.strerror or error}.") from None
     except ValueError as error:
-        raise _WrongUsage(str(error)) from None
+        raise _WrongUsage(str(error).replace("url:", "--url or TOKENAUTH_URL:")) from None
 
 
 def _exit(status: int, problem: str) -> None:

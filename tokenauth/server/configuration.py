@@ -1,7 +1,8 @@
 """What a server serves: its settings, and the content of the files that they name."""
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from tokenauth.logs import log
 from tokenauth.passwords import Passwords
 from tokenauth.risks import Risk, check_accepted, find_risks, log_and_check
 from tokenauth.server import tls
+from tokenauth.server.listener import check_address
 from tokenauth.settings import loader
 from tokenauth.settings.files_read import FilesRead
 from tokenauth.settings.model import ServerSettings, Settings
@@ -35,9 +37,7 @@ class ConfigurationFile:
         """Prefer the arguments that are not None to the settings in the file."""
         self.path = path
         self._files = FilesRead()
-        self._host = host
-        self._port = port
-        self._workers = workers
+        self._options = {"host": host, "port": port, "workers": workers}
         self._first: Settings
         self._served: Settings
 
@@ -47,15 +47,16 @@ class ConfigurationFile:
         Raises ConfigError for settings that cannot be served.
         """
         self._first = loader.load(self.path, files=self._files)
-        if self._first.server.socket and self._host is not None and self._port is None:
+        options = self._options
+        if self._first.server.socket and options["host"] is not None and options["port"] is None:
             raise ConfigError(
                 f"--host: {self.path} has server.socket, where no address is used; leave out --host, or add --port to"
                 " open a port instead of the socket"
             )
-        socket = None if self._port is None else ""
-        self._served = loader.override(
-            self._first, host=self._host, port=self._port, socket=socket, workers=self._workers
-        )
+        socket = None if options["port"] is None else ""
+        self._served = loader.override(self._first, **options, socket=socket)
+        with self._naming():
+            check_address(self._served.server)
         return self._checked(self._served, quiet)
 
     def read_again(self) -> Configuration:
@@ -77,7 +78,7 @@ class ConfigurationFile:
         for detail in needed:
             log.warning("restart_needed", detail=f"{path}: {detail}")
         address = {"host": served.server.host, "port": served.server.port, "socket": served.server.socket}
-        configuration, _ = self._checked(loader.override(file, workers=self._workers, **address))
+        configuration, _ = self._checked(loader.override(file, workers=self._options["workers"], **address))
         return configuration._replace(restart_needed=needed)
 
     def changed(self) -> bool:
@@ -85,8 +86,9 @@ class ConfigurationFile:
         return self._files.changed()
 
     def _checked(self, settings: Settings, quiet: bool = False) -> tuple[Configuration, Sequence[Risk]]:
-        with loader.naming(self.path):
-            risks = find_risks(settings, Passwords(settings.passwords, settings.users_by_name), self.path)
+        with self._naming():
+            found = find_risks(settings, Passwords(settings.passwords, settings.users_by_name), self.path)
+            risks = [Risk(risk.name, self._name_options(risk.text)) for risk in found]
             certificate = tls.read(settings.server, self._files)
             if quiet:
                 with suppress(ConfigError):
@@ -94,6 +96,20 @@ class ConfigurationFile:
                     return Configuration(settings, certificate), risks
             log_and_check(settings, risks)
         return Configuration(settings, certificate), risks
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Let a ConfigError name the option of the command line that it is about, or else the file."""
+        try:
+            yield
+        except ConfigError as error:
+            text = self._name_options(str(error))
+            raise ConfigError(text if text.startswith("--") else f"{self.path}: {text}") from None
+
+    def _name_options(self, text: str) -> str:
+        """Replace the keys of settings by the options that override them."""
+        given = "|".join(name for name, value in self._options.items() if value is not None)
+        return re.sub(rf"(?<![\w.'])server\.({given})(?=[ :])", r"--\1", text) if given else text
 
 
 def _changed_addresses(first: ServerSettings, file: ServerSettings, served: ServerSettings) -> Iterator[str]:

@@ -14,7 +14,10 @@ from tokenauth.settings.model import ServerSettings
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Listen from now on, so that clients that connect while the workers start wait. Raises StartError."""
+    """Listen from now on, so that clients that connect while the workers start wait. Raises StartError.
+
+    To be called after `check_address`.
+    """
     if settings.socket:
         return unix_socket.UnixListener(settings.socket, int(settings.socket_mode, 8))
     try:
@@ -22,10 +25,6 @@ def listen(settings: ServerSettings) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(f"Port {settings.port} is in use: stop the other server or pass --port.") from None
-        try:
-            check_address(settings)
-        except ConfigError as problem:
-            raise StartError(str(problem)) from None
         reason = os.strerror(error.errno or 0)
         raise StartError(f"server.port: cannot listen on {settings.port}: {reason}; use another port") from None
 

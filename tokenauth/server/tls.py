@@ -1,5 +1,6 @@
 """TLS by this service itself: its certificate and its private key."""
 
+import codecs
 import os
 import re
 import ssl
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tokenauth.errors import ConfigError
-from tokenauth.settings.files_read import FilesRead, open_regular
+from tokenauth.settings.files_read import FilesRead, read_file
 from tokenauth.settings.model import ServerSettings
 
 HANDSHAKE_TIMEOUT = 10.0
@@ -27,6 +28,15 @@ _NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
 
 _CERTIFICATE = re.compile(rb"^-----BEGIN CERTIFICATE-----.+?^-----END CERTIFICATE-----", re.MULTILINE | re.DOTALL)
+_PRIVATE_KEY = re.compile(
+    rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----.+?^-----END [A-Z ]*PRIVATE KEY-----", re.MULTILINE | re.DOTALL
+)
+
+_MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
+"""What OpenSSL says of a key that belongs to another certificate. The last one: of another kind."""
+
+_RESTORE = "copy the whole file again, or renew certificate and key"
+_RENEW = "renew both, with an RSA key of at least 2,048 bits or an elliptic one (P-256)"
 
 
 @dataclass(frozen=True)
@@ -44,26 +54,15 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
     """
     if not settings.tls_certificate:
         return None
+    certificate, key = os.path.abspath(settings.tls_certificate), os.path.abspath(settings.tls_key)
     if files is not None:
-        files.note(settings.tls_certificate)
-        files.note(settings.tls_key)
-    pair = KeyPair(_read("server.tls_certificate", settings.tls_certificate), _read("server.tls_key", settings.tls_key))
-    if b"-----BEGIN CERTIFICATE-----" not in pair.certificate:
-        problem = "has no certificate in PEM form (-----BEGIN CERTIFICATE-----)"
-        raise ConfigError(f"server.tls_certificate: {settings.tls_certificate} {problem}")
-    if b"PRIVATE KEY-----" not in pair.key:
-        raise ConfigError(f"server.tls_key: {settings.tls_key} has no private key in PEM form (PRIVATE KEY-----)")
-    if b"ENCRYPTED" in pair.key:
-        fix = "store it without a passphrase, readable for the service only"
-        raise ConfigError(f"server.tls_key: {settings.tls_key} is encrypted; {fix}")
-    what = f"{settings.tls_certificate} and {settings.tls_key}"
+        files.note(certificate)
+        files.note(key)
+    pair = KeyPair(_read_certificates(certificate), _read_key(key))
     try:
         context = create_context(pair)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            problem = f"{settings.tls_key} does not belong to the certificate in {settings.tls_certificate}"
-            raise ConfigError(f"server.tls_key: {problem}; renew both") from None
-        raise ConfigError(f"server.tls_certificate: {what} cannot be used: {_reason(error)}") from None
+        raise ConfigError(_why_unusable(error, certificate, key)) from None
     except OSError as error:  # no descriptor is left
         raise ConfigError(f"server.tls_certificate: it cannot be tried: {error.strerror}") from None
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -72,10 +71,9 @@ def read(settings: ServerSettings, files: FilesRead | None = None) -> KeyPair | 
         _handshake(context, client)
     except ssl.SSLError as error:
         if error.reason == "EXCESSIVE_MESSAGE_SIZE":
-            problem, fix = _too_large(settings.tls_certificate, _CERTIFICATE.findall(pair.certificate))
+            problem, fix = _too_large(certificate, _CERTIFICATE.findall(pair.certificate))
         else:
-            problem = f"no client can connect with {what}: {_reason(error)}"
-            fix = "renew both, with an RSA key or an elliptic one (P-256)"
+            problem, fix = f"no client can connect with {certificate} and {key}: {_reason(error)}", _RENEW
         raise ConfigError(f"server.tls_certificate: {problem}; {fix}") from None
     return pair
 
@@ -88,18 +86,60 @@ def _too_large(path: str, certificates: Sequence[bytes]) -> tuple[str, str]:
     return problem, "leave only the certificate of this service and those of its issuers"
 
 
-def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or "broken").replace("_", " ").lower()
+def _read_certificates(path: str) -> bytes:
+    """Return the content of a file whose certificates can all be read. Raises ConfigError."""
+    content = _read("server.tls_certificate", path)
+    begun, whole = content.count(b"-----BEGIN CERTIFICATE-----"), _CERTIFICATE.findall(content)
+    if not begun:
+        problem = "has no certificate in PEM form (-----BEGIN CERTIFICATE-----)"
+        fix = "name the file that has it, such as certbot's fullchain.pem"
+        raise ConfigError(f"server.tls_certificate: {path} {problem}; {fix}")
+    if len(whole) < begun:
+        raise ConfigError(f"server.tls_certificate: {path} has a certificate that is cut off; {_RESTORE}")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for number, certificate in enumerate(whole, 1):
+        try:
+            context.load_verify_locations(cadata=certificate.decode("ascii"))
+        except (ssl.SSLError, ValueError):
+            raise ConfigError(
+                f"server.tls_certificate: certificate {number} in {path} is damaged; {_RESTORE}"
+            ) from None
+    return content
+
+
+def _read_key(path: str) -> bytes:
+    """Return the content of a file that has a whole private key without a passphrase. Raises ConfigError."""
+    content = _read("server.tls_key", path)
+    if b"PRIVATE KEY-----" not in content:
+        fix = "name the file that has it, such as certbot's privkey.pem"
+        raise ConfigError(f"server.tls_key: {path} has no private key in PEM form (PRIVATE KEY-----); {fix}")
+    if b"ENCRYPTED" in content:
+        fix = "store it without a passphrase, readable for the service only"
+        raise ConfigError(f"server.tls_key: {path} is encrypted; {fix}")
+    if _PRIVATE_KEY.search(content) is None:
+        raise ConfigError(f"server.tls_key: {path} has a private key that is cut off; {_RESTORE}")
+    return content
 
 
 def _read(key: str, path: str) -> bytes:
-    try:
-        with open_regular(path) as file:
-            content = file.read(_MAX_FILE)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{key}: {path} cannot be read: {reason}") from None
+    """Return the content of a file, without the mark that some editors put at its beginning. Raises ConfigError."""
+    content = read_file(key, path, _MAX_FILE).removeprefix(codecs.BOM_UTF8)
+    if not content.strip():
+        raise ConfigError(f"{key}: {path} is empty; {_RESTORE}")
     return content
+
+
+def _why_unusable(error: ssl.SSLError, certificate: str, key: str) -> str:
+    """Say why a key cannot be used with certificates that can be read."""
+    if error.reason is None:
+        return f"server.tls_key: the private key in {key} is damaged, or not of a kind for TLS; {_RESTORE}"
+    if error.reason in _MISMATCHES:
+        return f"server.tls_key: {key} does not belong to the certificate in {certificate}; renew both"
+    return f"server.tls_certificate: {certificate} and {key} cannot be used: {_reason(error)}; {_RENEW}"
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "broken").replace("_", " ").lower()
 
 
 def create_context(pair: KeyPair) -> ssl.SSLContext:

@@ -76,7 +76,10 @@ def check(path: str) -> None:
 def _check(path: str) -> None:
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
-        raise StartError(f"server.socket: there is no directory {directory}; create it, or change the path")
+        raise StartError(
+            f"server.socket: there is no directory {directory}, or this user cannot look into it; create it, or change"
+            " the path"
+        )
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise StartError(f"server.socket: {path} exists and is not a socket; move it away, or change the path")
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):

@@ -65,6 +65,7 @@ def uvicorn_options(
         interface="asgi3",  # uvicorn cannot detect it: the outermost application is not a coroutine function
         host=settings.host,
         port=settings.port,
+        workers=1,  # else uvicorn reads WEB_CONCURRENCY, and a wrong one would end the start
         loop="uvloop",
         http=protocol,
         ws="none",

@@ -44,6 +44,11 @@ def text(pattern: str, description: str, secret: bool = False) -> Meta:
     return Meta(pattern=rf"\A(?:{pattern})\Z", description=description, extra={"secret": secret})
 
 
+def file_path(example: str) -> Meta:
+    """Require the path of a file. A relative one begins in the working directory."""
+    return Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z", description=f"a path such as {example!r}", extra={"path": True})
+
+
 SECRET = Meta(extra={"secret": True})
 """Marks a field whose value no error shows."""
 

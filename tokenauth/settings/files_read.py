@@ -1,10 +1,12 @@
-"""Which files a configuration came from, and whether they have changed since."""
+"""The files that a configuration names: reading them, and whether they have changed since."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+from tokenauth.errors import ConfigError
 
 Stamp = tuple[int, ...] | None
 """What changes with a file; None if it cannot be looked at."""
@@ -27,6 +29,23 @@ def open_regular(path: str) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def read_file(key: str, path: str, max_size: int) -> bytes:
+    """Return the content of the file that a setting names. Raises ConfigError, which has the absolute path."""
+    name = os.path.abspath(path)
+    try:
+        with open_regular(path) as file:
+            content = file.read(max_size + 1)
+    except (OSError, ValueError) as error:
+        forbidden = isinstance(error, PermissionError)
+        fix = f"let the user of the service read it, or change {key}" if forbidden else f"put it there, or change {key}"
+        raise ConfigError(f"{key}: {name} cannot be read: {getattr(error, 'strerror', None) or error}; {fix}") from None
+    if len(content) > max_size:
+        raise ConfigError(
+            f"{key}: {name} has more than {max_size >> 20} MiB; put the right file there, or change {key}"
+        )
+    return content
 
 
 class FilesRead:

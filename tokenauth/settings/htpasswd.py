@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tokenauth.errors import ConfigError
 from tokenauth.models import FileLine
 from tokenauth.settings.fields import SettingError
-from tokenauth.settings.files_read import open_regular
+from tokenauth.settings.files_read import read_file
 from tokenauth.settings.model import FileUserSettings, UsersFileSettings, canonical
 
 _MAX_SIZE = 16 << 20
@@ -35,7 +35,7 @@ def read(settings: UsersFileSettings, known: Mapping[str, object]) -> tuple[File
         where = FileLine(path, number)
         name, colon, rest = line.rstrip("\r").partition(":")
         if not colon:
-            raise ConfigError(f"users_file.path: {where}: has no colon between a name and a hash")
+            raise ConfigError(f"users_file.path: {where}: has no colon between a name and a hash; write name:hash")
         try:
             user = FileUserSettings(
                 username=name, password=rest.partition(":")[0].rstrip(), scopes=settings.scopes, origin=where
@@ -67,17 +67,13 @@ def how_to_remove(path: str, name: str) -> str:
 
 
 def _text(path: str) -> str:
+    data = read_file("users_file.path", path, _MAX_SIZE)
+    if not data.strip():  # a program may be writing it
+        raise ConfigError(f"users_file.path: {path} is empty; if it is to have no users, write # into it")
     try:
-        with open_regular(path) as file:
-            data = file.read(_MAX_SIZE + 1)
-        if len(data) > _MAX_SIZE:
-            raise ConfigError(f"users_file.path: {path} has more than {_MAX_SIZE >> 20} MiB")
-        if not data.strip():  # a program may be writing it
-            raise ConfigError(f"users_file.path: {path} is empty; if it is to have no users, write # into it")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"users_file.path: {path}, line {line} is not UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"users_file.path: {path} cannot be read: {reason}") from None
+        raise ConfigError(
+            f"users_file.path: {path}, line {line} is not UTF-8; save the file as UTF-8, or change users_file.path"
+        ) from None

@@ -49,20 +49,26 @@ def load(path: Path, environ: Mapping[str, str] = os.environ, files: FilesRead |
     """
     if files is not None:
         files.note(path)
-    text = read(path)
+    text = read(path, environ)
     with naming(path):
         return parse(text, environ, files)
 
 
-def read(path: Path) -> str:
+def read(path: Path, environ: Mapping[str, str] = os.environ) -> str:
     """Return the text of the file. Raises ConfigError."""
+    fix = "name another one with --config"
+    if path == Path(environ.get("TOKENAUTH_CONFIG", "")):
+        fix = "change TOKENAUTH_CONFIG in the environment, which names it"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # TOML knows which line ends it allows
             return file.read()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; write one with `tokenauth init`, or name one with --config") from None
+        raise ConfigError(f"{path}: no such file; write one with `tokenauth init`, or {fix}") from None
+    except PermissionError as error:
+        fix = "run this as the user of the service, or let this user read it"
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {fix}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; {fix}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: {not_utf8(error)}") from None
 
@@ -128,6 +134,27 @@ def override(settings: Settings, **options: object) -> Settings:
     types = {field.encode_name: field.type for field in msgspec.structs.fields(ServerSettings)}
     values = {key: _Reader({}).value(types[key], value, f"--{key}") for key, value in given.items()}
     return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **values))
+
+
+def find_paths(settings: Settings) -> dict[str, str]:
+    """Return all settings that are paths, by key. Empty ones are not set."""
+    tables = ((name, getattr(settings, name)) for name in _fields(Settings))
+    paths = {
+        _join(name, key): getattr(table, field.name)
+        for name, table in tables
+        if isinstance(table, Table)
+        for key, field in _fields(type(table)).items()
+        if _Field.of(field.type).option("path")
+    }
+    scheme, _, location = settings.database.url.partition(":///")
+    paths["database.url"] = location if scheme.startswith("sqlite") else ""
+    return paths
+
+
+def describe_relative_paths(settings: Settings) -> str:
+    """Say where relative paths begin, and which settings have one; "" if none has."""
+    keys = [key for key, path in find_paths(settings).items() if path and not os.path.isabs(path)]
+    return f"relative paths begin in {Path.cwd()}: {', '.join(keys)}" if keys else ""
 
 
 _MAX_DEPTH = 32
@@ -468,12 +495,12 @@ def _read_secret(variable: str, file: str) -> str:
             data = opened.read(_MAX_SECRET + 1)
         text = data.decode()
     except OSError as error:
-        raise ConfigError(f"{what} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{what} cannot be read: {error.strerror or error}; correct {variable}") from None
     except ValueError:  # not UTF-8, or a path with a NUL
-        raise ConfigError(f"{what} is not printable text") from None
+        raise ConfigError(f"{what} is not printable text; correct {variable}") from None
     text = re.sub(r"\r?\n\Z", "", text)
     if len(data) > _MAX_SECRET or not text.isprintable():
-        raise ConfigError(f"{what} must have one line of printable text, at most {_MAX_SECRET} bytes")
+        raise ConfigError(f"{what} must have one line of printable text, at most {_MAX_SECRET} bytes; correct the file")
     return text
 
 

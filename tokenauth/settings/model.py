@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from tokenauth.models import ADMIN, NAME_PATTERN, FileLine, Member, Pool, User, is_visible
 from tokenauth.settings.dialects import DIALECTS, DialectSettings
-from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, text
+from tokenauth.settings.fields import SECRET, ScopeName, SettingError, Table, between, duration, file_path, text
 from tokenauth.settings.origin import DOMAIN, NO_USER, Origin, check_origin, parse_origin
 
 MAX_NAME = 256
@@ -46,6 +46,8 @@ _HOST = text(r"[\x21-\x7e]+", "a host or address such as '127.0.0.1' (this machi
 
 _SOCKET_MODE = text(r"0?[0-7]{3}", "a mode in octal digits, such as '0660'")
 
+_SOCKET = "/run/tokenauth/tokenauth.sock"
+
 _MAX_SOCKET = 103 if sys.platform == "darwin" else 107
 """Bytes of the path of a Unix socket."""
 
@@ -55,10 +57,10 @@ class ServerSettings(Table, frozen=True):
 
     host: Annotated[str, _HOST] = "127.0.0.1"
     port: Annotated[int, between(0, 65535)] = 8000
-    socket: str = ""
+    socket: Annotated[str, file_path(_SOCKET)] = ""
     socket_mode: Annotated[str, _SOCKET_MODE] = "0660"
-    tls_certificate: str = ""
-    tls_key: str = ""
+    tls_certificate: Annotated[str, file_path("/etc/tokenauth/tls.pem")] = ""
+    tls_key: Annotated[str, file_path("/etc/tokenauth/tls.key")] = ""
     workers: Annotated[int, between(1, 64)] = 1
     cors_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
@@ -75,11 +77,11 @@ class ServerSettings(Table, frozen=True):
     def __post_init__(self) -> None:
         for number, origin in enumerate(self.cors_origins):
             _check_cors_origin(f"cors_origins[{number}]", origin)
-        size = len(os.fsencode(self.socket)) if self.socket.isprintable() else -1
+        size = len(os.fsencode(self.socket))
         if size > _MAX_SOCKET:
             raise SettingError("socket", f"is a path of {size} bytes; a socket can have at most {_MAX_SOCKET}")
-        if size < 0 or self.socket.startswith("@"):
-            raise SettingError("socket", "must be a path such as '/run/tokenauth/tokenauth.sock'")
+        if self.socket.startswith("@"):
+            raise SettingError("socket", f"must be a path such as {_SOCKET!r}")
         for key, other in (("tls_key", "tls_certificate"), ("tls_certificate", "tls_key")):
             if getattr(self, other) and not getattr(self, key):
                 raise SettingError(key, f"is missing: {other} needs it")
@@ -226,12 +228,8 @@ class FileUserSettings(UserSettings, frozen=True):
 class UsersFileSettings(Table, frozen=True):
     """A file of Apache's htpasswd with more users, and the scopes of all of them."""
 
-    path: str = ""
+    path: Annotated[str, file_path("/etc/tokenauth/htpasswd")] = ""
     scopes: tuple[ScopeName, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.path.isprintable():
-            raise SettingError("path", "must be a path such as '/etc/tokenauth/htpasswd'")
 
 
 _ISSUER = re.compile(r"(https://[^/?#\s\"\\]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?)(/[^/?#\s\"\\{}]+)*")
@@ -360,6 +358,8 @@ class MetricsSettings(Table, frozen=True):
         return f"metrics.listen: {self.listen!r} answers anyone who can reach it, without a login"
 
 
+_AUDIT_FILE = "/var/log/tokenauth/audit.jsonl"
+
 _MIN_KEY = 16
 """Characters of a key for the audit log."""
 
@@ -367,14 +367,14 @@ _MIN_KEY = 16
 class AuditSettings(Table, frozen=True):
     """Where the audit log is written; without a file there is none."""
 
-    file: str = ""
+    file: Annotated[str, file_path(_AUDIT_FILE)] = ""
     max_mib: Annotated[int, between(0, 1 << 20)] = 64
     keep: Annotated[int, between(1, 1000)] = 10
     key: Annotated[str, SECRET] = ""
 
     def __post_init__(self) -> None:
-        if self.file and (not self.file.startswith("/") or self.file.endswith("/") or "\0" in self.file):
-            problem = "must be the full path of a file, such as '/var/log/tokenauth/audit.jsonl'"
+        if self.file and (not self.file.startswith("/") or self.file.endswith("/")):
+            problem = f"must be the full path of a file, such as {_AUDIT_FILE!r}"
             raise SettingError("file", problem, f", not {self.file[:80]!r}")
         if 0 < len(self.key) < _MIN_KEY:
             raise SettingError("key", f"must have at least {_MIN_KEY} characters, or be empty")
