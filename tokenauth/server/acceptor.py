@@ -149,21 +149,23 @@ class Acceptor:
         protocol = self._protocol(self._closing_state if short else self._state)
         if connection.family != socket.AF_UNIX:
             protocol.client = address[:2]
-        if short:
-            if oldest is not None:
-                self._end(oldest)
-            self._answered_once[protocol] = connection
+        if short and oldest is not None:
+            self._end(oldest)
         task = self._loop.create_task(self._connect(protocol, connection))
         self._connecting[task] = connection
         task.add_done_callback(self._connecting.pop)
+        if short:
+            self._answered_once[protocol] = connection
         return True
 
     async def _connect(self, protocol: HttpToolsProtocol, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
-        except (OSError, MemoryError):  # it has disconnected or speaks no TLS; memory is short
+        except BaseException as error:
             connection.close()
             self._answered_once.pop(protocol, None)
+            if not isinstance(error, OSError | MemoryError):  # it has disconnected or speaks no TLS; memory is short
+                raise
 
     def _is_full(self) -> bool:
         """Return whether no more connections can be answered once. Each counts until its descriptor is free."""

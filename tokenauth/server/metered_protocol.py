@@ -28,8 +28,8 @@ class MeteredProtocol(BoundedProtocol):
     _began = 0.0
     _answered: Scope
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+    def _begin(self, transport: asyncio.Transport) -> None:
+        super()._begin(transport)
         self._durations = self.app_state[DURATIONS]
         self._by_route = self._durations.by_route
 

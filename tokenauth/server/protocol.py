@@ -279,6 +279,16 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, or close the connection if that fails: the event loop would leave it open, and it would be counted."""
+        try:
+            self._begin(transport)
+        except BaseException:  # memory is short
+            self.connections.discard(self)
+            self.transport = self.transport or cast(LingeringTransport, transport)
+            transport.abort()
+            raise
+
+    def _begin(self, transport: asyncio.Transport) -> None:
         wrapped = LingeringTransport(transport, self.loop)
         accepted = self.client
         super().connection_made(cast(asyncio.Transport, wrapped))
@@ -293,13 +303,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timeout = self.loop.call_later(self.timeout_keep_alive, self._check_timeouts)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._client["gone"] = True
-        self.pipeline.clear()
-        self._unread = b""
-        for timer in (self._timeout, self._stalled):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
+        if self not in self.connections:  # it could not begin
+            return
+        try:
+            self._client["gone"] = True
+            self.pipeline.clear()
+            self._unread = b""
+            for timer in (self._timeout, self._stalled):
+                if timer is not None:
+                    timer.cancel()
+        finally:
+            super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Close the connection when the requests that were received whole have been answered. With TLS, at once.
