@@ -1,6 +1,7 @@
 """TokenAuth: an httpx.Auth that logs in at tokenauth and sends the token with each request."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -82,8 +83,9 @@ class TokenAuth(httpx.Auth):
         self._clock = clock
         self._lock = threading.Lock()
         self._login: issuer.LoginBody | None = None
-        self._pending: dict[str, Future[_Outcome]] = {}
-        """The login in progress, among threads and among tasks: neither can wait for the other."""
+        self._pending: dict[tuple[int, str], Future[_Outcome]] = {}
+        """The login in progress: by process, since none ends in a fork, and among threads and among tasks: neither
+        can wait for the other."""
 
     def __repr__(self) -> str:
         return f"TokenAuth({str(self._url)!r}, {self._username!r})"
@@ -158,17 +160,18 @@ class TokenAuth(httpx.Auth):
 
         Raises the Refusal that a login ended with.
         """
+        key = os.getpid(), kind
         while True:
             with self._lock:
                 current = self._login
                 if current is not None and current.token != refused and self._clock() < current.expiry_time:
                     return current.token
-                pending = self._pending.get(kind)
+                pending = self._pending.get(key)
                 own = pending is None
                 if pending is None:
-                    pending = self._pending[kind] = Future()
+                    pending = self._pending[key] = Future()
             if own:
-                yield from self._log_in(request, kind, pending)
+                yield from self._log_in(request, key, pending)
             else:
                 yield pending
                 if not pending.done():
@@ -181,7 +184,9 @@ class TokenAuth(httpx.Auth):
             if own:
                 return None
 
-    def _log_in(self, request: httpx.Request, kind: str, pending: "Future[_Outcome]") -> Generator[_Step, _Reply, None]:
+    def _log_in(
+        self, request: httpx.Request, key: tuple[int, str], pending: "Future[_Outcome]"
+    ) -> Generator[_Step, _Reply, None]:
         outcome = None
         try:
             login_request = self._login_request(request)
@@ -192,7 +197,7 @@ class TokenAuth(httpx.Auth):
             with self._lock:
                 if isinstance(outcome, issuer.LoginBody):
                     self._login = outcome
-                del self._pending[kind]
+                del self._pending[key]
             pending.set_result(outcome)
 
     def _login_request(self, request: httpx.Request) -> httpx.Request:

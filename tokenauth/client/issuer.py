@@ -1,7 +1,9 @@
 """What the clients share about the server: the form of its URL, and the bodies of its responses."""
 
+import re
 import ssl
-from typing import Annotated, TypeVar, cast
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar, cast
 
 import httpx
 import msgspec
@@ -11,6 +13,8 @@ from tokenauth.errors import IssuerUnavailable
 from tokenauth.models import Identity, Login, Token, public_id
 
 Body = TypeVar("Body")
+
+_SENDABLE = re.compile(rb"([!-~]([ -~]*[!-~])?)?")
 
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -71,6 +75,18 @@ def read(response: httpx.Response, body: type[Body]) -> Body:
         return msgspec.json.decode(response.content, type=body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise ValueError("this is not a response of tokenauth") from None
+
+
+def checked_headers(headers: Any) -> httpx.Headers:
+    """Return headers for httpx. Raises ValueError, which does not quote them, for a value that cannot be sent.
+
+    The errors of httpx and h11 quote the value, which may be a token.
+    """
+    with suppress(UnicodeError):
+        checked = httpx.Headers(headers)
+        if all(_SENDABLE.fullmatch(value) for _, value in checked.raw):
+            return checked
+    raise ValueError("headers: a value has a character that cannot be sent. Does a token end with a line break?")
 
 
 def create_ssl_context() -> ssl.SSLContext:

@@ -63,7 +63,7 @@ class Grant(msgspec.Struct, frozen=True):
     token: str
     holder: str
     fence: int
-    ttl: Annotated[int, msgspec.Meta(ge=0)] = msgspec.field(name="expires_in")
+    ttl: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] = msgspec.field(name="expires_in")
     """Seconds."""
     name: str | None = None
     labels: tuple[str, ...] = ()
@@ -243,7 +243,8 @@ class ClientLease(Generic[Event]):
     def _not_answered(self, error: httpx.HTTPError | errors.IssuerUnavailable) -> float:
         """Return the seconds to wait before asking again. Raises IssuerUnavailable when the wait is over."""
         unavailable = issuer.unavailable(error)
-        unavailable.__cause__ = error
+        # The text of an HTTPStatusError, which only a hook of the program raises, has the URL, perhaps with a token.
+        unavailable.__cause__ = error if isinstance(error, httpx.RequestError) else None
         if unavailable.distrust and not self._in_line:  # waiting does not help
             raise unavailable
         return self._repeat(unavailable)
@@ -301,13 +302,17 @@ class ClientLease(Generic[Event]):
     def _keep_alive_due(self) -> bool:
         return self._monotonic() >= self._next.keep_alive_at and not self._check_lost()
 
-    def _kept_alive(self, held: _Held, response: httpx.Response | None) -> None:
-        """Read the response, if there is one. After the lease is lost, it changes nothing."""
-        held.keep_alive_at = self._monotonic() + _random(min(1, self.ttl / 10))
+    def _kept_alive(self, held: _Held, reply: httpx.Response | Exception) -> None:
+        """Read the reply. After the lease is lost, it changes nothing."""
+        now = self._monotonic()
+        pause = min(1, self.ttl / 10)
+        if isinstance(reply, errors.InvalidCredentials | errors.TooManyAttempts):
+            pause = max(pause, (held.ends_at - now) / 2)  # each failed login delays other logins of this user
+        held.keep_alive_at = now + _random(pause)
         if self.failing_since is None:
             self.failing_since = self._sent_at
         try:
-            answer = _read(response) if response is not None else None
+            answer = _read(reply) if isinstance(reply, httpx.Response) else None
         except _LOST as refusal:
             held.over = True
             self.failing_since = None
@@ -359,7 +364,7 @@ def _random(seconds: float) -> float:
 def _read(response: httpx.Response) -> list[Grant] | Place:
     """Return the granted leases, or the place in the line. Raises Refusal."""
     with contextlib.suppress(ValueError):
-        match document := response.json():
+        match document := issuer.read(response, dict[str, Any]):
             case {"position": int(position), "waiting": int(waiting)}:
                 seconds = document.get("retry_after")
                 return Place(position, waiting, seconds if isinstance(seconds, int) else None)

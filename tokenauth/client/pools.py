@@ -74,16 +74,17 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
     **Parameters:**
 
     * **url** - Where tokenauth is, such as `"https://auth.example.com"`, with its path if it has one.
-    * **timeout** - Seconds that each request may take.
+    * **timeout** - Seconds to connect, and to wait for each part of an answer.
     * **monotonic** - The clock that leases are timed by. It must never go back.
     * **log_out** - Whether `close` ends the login of `auth`, a `TokenAuth` that no other client uses.
-    * **options** - Further arguments of `httpx.Client`, such as `auth`, `headers` or `verify`.
+    * **options** - Further arguments of `httpx.Client`, such as `auth`, `headers` or `verify`. It never follows
+    redirects.
     """
 
     def __init__(
         self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, log_out: bool = False, **options: Any
     ) -> None:
-        self._http = httpx.Client(base_url=issuer.base_url(url), timeout=timeout, **options)
+        self._http = httpx.Client(base_url=issuer.base_url(url), timeout=timeout, **_checked(options))
         self._timeout, self._monotonic, self._logs_out = timeout, monotonic, log_out
 
     def __exit__(self, *_: object) -> None:
@@ -133,20 +134,21 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         """
         terms = Terms(pool, holder, wait, request, count, labels, priority, ttl, on_wait)
         lease = SyncLease(terms, self._timeout, self._monotonic, _LostEvent)
+        keeper = threading.Thread(target=self._keep_alive, args=(lease,), name="lease-keeper", daemon=True)
         try:
             while (pause := self._ask(lease)) is not None:
                 time.sleep(pause)
         except BaseException:  # KeyboardInterrupt, too
             self._give_up(lease)
             raise
-        keeper = threading.Thread(target=self._keep_alive, args=(lease,), name="lease-keeper", daemon=True)
-        keeper.start()
         try:
+            keeper.start()
             lease.check()
             yield lease
         finally:
             self._release(lease)
-            keeper.join(self._timeout)
+            if keeper.is_alive():
+                keeper.join(self._timeout)
 
     def _ask(self, lease: SyncLease) -> float | None:
         """Ask for the lease. Return None if it was granted, else the seconds to wait before asking again."""
@@ -172,7 +174,7 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
         while not lease.lost.wait(lease._sleep_time(lease._next.keep_alive_at)):
             if lease._keep_alive_due():
                 held = lease._next
-                lease._kept_alive(held, self._try(lease._keep_alive_request(held)))
+                lease._kept_alive(held, self._send(lease._keep_alive_request(held)))
         if lease._monotonic() >= lease.ends_at:
             self._release(lease)  # a late keep-alive may have extended the lost lease on the server
 
@@ -182,9 +184,14 @@ class PoolClient(contextlib.AbstractContextManager["PoolClient"]):
                 break
 
     def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
-        with contextlib.suppress(Exception):  # any failure of the network or of `auth`: the lease ends by itself
-            return None if arguments is None else self._http.request(**arguments)
-        return None
+        reply = None if arguments is None else self._send(arguments)
+        return reply if isinstance(reply, httpx.Response) else None
+
+    def _send(self, arguments: RequestArguments) -> httpx.Response | Exception:
+        try:
+            return self._http.request(**arguments)
+        except Exception as error:  # any failure of the network or of `auth`: the lease ends by itself
+            return error
 
 
 class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"]):
@@ -206,7 +213,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
     def __init__(
         self, url: str, *, timeout: float = 5, monotonic: Clock = boottime, log_out: bool = False, **options: Any
     ) -> None:
-        self._http = httpx.AsyncClient(base_url=issuer.base_url(url), timeout=timeout, **options)
+        self._http = httpx.AsyncClient(base_url=issuer.base_url(url), timeout=timeout, **_checked(options))
         self._timeout, self._monotonic, self._logs_out = timeout, monotonic, log_out
         self._working: set[asyncio.Task[None]] = set()
 
@@ -303,7 +310,7 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
                     await lease.lost.wait()
             if lease._keep_alive_due():
                 held = lease._next
-                lease._kept_alive(held, await self._try(lease._keep_alive_request(held)))
+                lease._kept_alive(held, await self._send(lease._keep_alive_request(held)))
         if lease._monotonic() >= lease.ends_at:
             await self._release(lease)
 
@@ -317,9 +324,25 @@ class AsyncPoolClient(contextlib.AbstractAsyncContextManager["AsyncPoolClient"])
                 break
 
     async def _try(self, arguments: RequestArguments | None) -> httpx.Response | None:
-        with contextlib.suppress(Exception):
-            return None if arguments is None else await self._http.request(**arguments)
-        return None
+        reply = None if arguments is None else await self._send(arguments)
+        return reply if isinstance(reply, httpx.Response) else None
+
+    async def _send(self, arguments: RequestArguments) -> httpx.Response | Exception:
+        try:
+            return await self._http.request(**arguments)
+        except Exception as error:
+            return error
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an httpx client. Raises ValueError for headers that cannot be sent."""
+    return {
+        # Each request that waits in line has a connection. A keep-alive must never wait for a free one.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
+        **options,
+        "headers": issuer.checked_headers(options.get("headers")),
+        "follow_redirects": False,  # httpx would send X-Token to any origin
+    }
 
 
 def _logged_in(auth: httpx.Auth | None) -> bool:

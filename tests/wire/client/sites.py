@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -183,7 +184,7 @@ class Kind:
 
     def waiting(self, auth: TokenAuth) -> int:
         """Return the number of requests that wait for the pending login."""
-        login = auth._pending.get(self.name)
+        login = auth._pending.get((os.getpid(), self.name))
         return 0 if login is None else len(login._waiters) + len(login._done_callbacks)  # type: ignore[attr-defined]
 
 

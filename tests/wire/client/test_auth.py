@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import HandClock, Server
+from tests.support.journal import until
+from tests.support.servers import ROOT, HandClock, Server
 from tests.wire.client.issuers import Hand
 from tests.wire.client.sites import EXPIRY, OPTIONS, Answer, Issuer, Kind, Site, queued, site
 from tokenauth.client import TokenAuth
@@ -335,6 +338,44 @@ def test_a_task_does_not_wait_for_the_login_of_a_thread(home: Site, issuer: Issu
     assert slow.is_alive()
     held.set()
     slow.join()
+
+
+FORKING = """
+import os, sys, threading, httpx
+from tokenauth.client import TokenAuth
+
+def get():
+    return httpx.get(f"{url}/x", auth=auth, trust_env=False, timeout=20).status_code
+
+url = sys.argv[1]
+auth = TokenAuth(url, "ann", "ann-secret")
+first = threading.Thread(target=get)
+first.start()
+sys.stdin.readline()
+child = os.fork()
+if not child:
+    os._exit(0 if get() == 200 else 1)
+first.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+"""A program that forks while it logs in."""
+
+
+def test_a_fork_does_not_wait_for_a_login_of_its_parent(home: Site, issuer: Issuer) -> None:
+    issuer.expiry = 2**40
+    issuer.gate.clear()
+    command = [sys.executable, "-c", FORKING, home.url]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as program:
+        try:
+            assert issuer.asked.wait(20)
+            assert program.stdin is not None
+            program.stdin.write(b"\n")
+            program.stdin.close()
+            until(lambda: issuer.logins == 2, "the child logs in")
+            issuer.gate.set()
+            assert program.wait(20) == 0
+        finally:
+            program.kill()
 
 
 def test_it_works_with_a_real_issuer(kind: Kind, server: Server, clock: HandClock) -> None:

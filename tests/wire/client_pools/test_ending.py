@@ -91,6 +91,20 @@ def test_ctrl_c_releases_and_leaves_no_thread(server: Server, admin: PoolUser) -
     assert admin.counts("permit") == (1, 0)
 
 
+def test_a_lease_whose_thread_cannot_start_is_released(server: Server, admin: PoolUser) -> None:
+    before = threading.stack_size(2**47)  # more than the address space has: as if memory were short
+    try:
+        with (
+            PoolClient(server.url, headers={"X-Token": admin.token}) as pools,
+            pytest.raises(RuntimeError, match="thread"),
+            pools.lease("permit"),
+        ):
+            raise AssertionError("nothing keeps it alive")
+    finally:
+        threading.stack_size(before)
+    assert admin.counts("permit") == (1, 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("log_out", [True, False], ids=["own", "shared"])
 def test_a_client_that_closes_ends_its_own_login(server: Server, admin: PoolUser, kind: str, log_out: bool) -> None:

@@ -13,10 +13,12 @@ import pytest
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.servers import ROOT, HandClock, Server
+from tests.wire.client.sites import Answer, Issuer, Seen, site
 from tests.wire.client_pools.clients import Client, Connect, Watch
 from tests.wire.client_pools.conftest import TTL
 from tests.wire.client_pools.proxy import Proxy
 from tokenauth import errors
+from tokenauth.client import TokenAuth, lease
 
 PassTime = Callable[[float], object]
 
@@ -25,6 +27,7 @@ FAILURES = {
     "proxy": b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>Bad Gateway</h1>",
     "elsewhere": b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n<h1>Not Found</h1>",
     "no-lease": b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"status": "fine"}',
+    "nested": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"[" * 20_000,
     "store": b'HTTP/1.1 503 X\r\nConnection: close\r\n\r\n{"error": "store_unavailable", "error_description": "."}',
 }
 """Responses that a client may get instead of one of the server. None is about the lease."""
@@ -181,6 +184,47 @@ def test_an_issuer_without_an_answer_grants_nothing(
     with pytest.raises(errors.IssuerUnavailable), client.lease("permit", wait=0.2):
         raise AssertionError("there is no lease")
     assert proxy.replaced > 1, "it has asked again"
+
+
+def test_a_refused_login_is_not_repeated_each_second(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one delays the next login of the user, also that of a program with the new password."""
+    monkeypatch.setattr(lease, "_random", lambda seconds: seconds)
+    grant = b'{"token": "%b", "holder": "ann", "fence": 1, "expires_in": 9}' % (b"8" * 64)
+    watch = _CountingWatch()
+    issuer = Issuer()
+
+    def answer(request: Seen) -> Answer:
+        if request.path == "/api/token":
+            return issuer(request)
+        if request.method == "PUT":
+            issuer.refuse = (401, {}, b"invalid credentials")
+            return 401, {}, b"{}"
+        return (201, {}, grant) if request.method == "POST" else (204, {}, b"")
+
+    def look_again() -> None:
+        """Wait until the keeper has read the clock in several turns."""
+        reads = watch.reads
+        until(lambda: watch.reads > reads + 20, "the clock was read")
+
+    with site(answer) as home:
+        client = connect(home.url, auth=TokenAuth(home.url, "ann", "ann-secret"), monotonic=watch)
+        with client.lease("permit"):
+            watch.advance(3)
+            until(lambda: issuer.logins == 2, "it has tried to log in")
+            look_again()
+            watch.advance(2.5)
+            look_again()
+            assert issuer.logins == 2
+            watch.advance(0.5)
+            until(lambda: issuer.logins == 3, "it has tried again after half of the rest")
+
+
+class _CountingWatch(Watch):
+    reads = 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        return super().__call__()
 
 
 def test_a_process_that_was_stopped_has_lost_its_lease(
