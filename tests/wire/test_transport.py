@@ -3,19 +3,28 @@
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import uvloop
+from starlette.responses import PlainTextResponse
 
 from tests.support.certificates import make_certificate
 from tests.support.connections import Connection
 from tests.support.servers import Server, serve, write_config
 from tokenauth.server import transport as module
-from tokenauth.server.transport import LingeringTransport
+from tokenauth.server.acceptor import AcceptingServer
+from tokenauth.server.protocol import DRAIN
+from tokenauth.server.transport import LINGER, LingeringTransport
+from tokenauth.server.worker import uvicorn_options
+from tokenauth.settings.model import ServerSettings
+
+SIZE = 400_000
+"""Bytes of an answer that the kernel does not buffer as a whole."""
 
 
 class RecordingTransport(asyncio.Transport):
@@ -213,6 +222,47 @@ def test_with_tls_all_is_sent(runner: asyncio.Runner, tmp_path: Path, lingers: b
             await writer.wait_closed()
 
     runner.run(run())
+
+
+def serve_large_answer(listener: socket.socket, tls: ssl.SSLContext | None) -> AcceptingServer:
+    """Return a server whose kernel buffers little."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    options = uvicorn_options(lambda: PlainTextResponse("x" * SIZE), ServerSettings())
+    options.lifespan = "off"
+    options.load()
+    options.ssl = tls
+    return AcceptingServer(options)
+
+
+@pytest.mark.parametrize("protocol", ["http", "https"])
+@pytest.mark.parametrize("closed_by", ["client", "stop"])
+def test_a_slow_client_gets_the_whole_last_answer(tmp_path: Path, closed_by: str, protocol: str) -> None:
+    """It reads nothing for longer than a client has to end TLS."""
+    certificate, tls = make_certificate(tmp_path), None
+    if protocol == "https":
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as connection, ExitStack() as stack:
+        server = serve_large_answer(listener, tls)
+        thread = threading.Thread(target=server.run, args=([listener.dup()],))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(setattr, server, "should_exit", True)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        connection.settimeout(50)
+        connection.connect(listener.getsockname())
+        client = connection
+        if tls is not None:
+            trusting = ssl.create_default_context(cafile=certificate.certificate)
+            client = stack.enter_context(trusting.wrap_socket(connection, server_hostname="127.0.0.1"))
+        close = b"Connection: close\r\n" if closed_by == "client" else b""
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + close + b"\r\n")
+        received = client.recv(1)
+        server.should_exit = closed_by == "stop"
+        threading.Event().wait(LINGER + 1 + (DRAIN if closed_by == "stop" else 0))
+        while more := client.recv(1 << 20):
+            received += more
+    assert len(received.partition(b"\r\n\r\n")[2]) == SIZE
 
 
 @pytest.mark.parametrize("lingers", [False, True])

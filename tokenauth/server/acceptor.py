@@ -21,7 +21,8 @@ from uvicorn.server import ServerState
 from tokenauth import file_descriptors
 from tokenauth.logs import log
 from tokenauth.server.protocol import BoundedProtocol
-from tokenauth.server.tls import HANDSHAKE_TIMEOUT, SHUTDOWN_TIMEOUT
+from tokenauth.server.tls import HANDSHAKE_TIMEOUT
+from tokenauth.server.transport import FLUSH
 
 OPEN_PER_ACCEPT = 8
 """In each iteration of the event loop, one connection is accepted, and one more for each 8 that are open.
@@ -89,7 +90,8 @@ class Acceptor:
         self._state = state
         self._tls: dict[str, Any] = {}
         if tls is not None:
-            times = {"ssl_handshake_timeout": HANDSHAKE_TIMEOUT, "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT}
+            # The transport ends connections before FLUSH, when all is sent.
+            times = {"ssl_handshake_timeout": HANDSHAKE_TIMEOUT, "ssl_shutdown_timeout": 2 * FLUSH}
             self._tls = {"ssl": tls, **times}
         self._closing_state = _ClosingState(state)
         self._answered_once: dict[HttpToolsProtocol, socket.socket] = {}  # the oldest first

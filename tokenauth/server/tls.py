@@ -19,9 +19,6 @@ from tokenauth.settings.model import ServerSettings
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a client has for the TLS handshake."""
 
-SHUTDOWN_TIMEOUT = 2.0
-"""Seconds to wait for the other side to end TLS, which idle clients do not do."""
-
 _MAX_FILE = 1 << 20
 
 _NO_CHECK_TIME = 0x200000

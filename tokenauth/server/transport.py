@@ -1,16 +1,25 @@
 """Wrappers around the transport of a connection, which decide when data is sent and how the connection is closed."""
 
 import asyncio
+import fcntl
+import struct
+import termios
 from typing import Any, cast
 
 MAX_HELD = 64 * 1024
 """Maximum bytes that are kept until the end of the iteration."""
 
 LINGER = 2.0
-"""Seconds that a client which still sends has to read its last answer once it is sent. Then the connection is reset."""
+"""Seconds that a client which still sends has to read its last answer once it is sent. Then the connection is reset.
+
+A client has as long to end TLS, which idle ones do not do.
+"""
 
 FLUSH = 60.0
 """Seconds that a client has to read what was sent before the connection was closed."""
+
+_AGAIN = 0.1
+"""Seconds after which the event loop has sent what it could, if the kernel had nothing more to send."""
 
 MAX_DISCARDED = 8 * 1024 * 1024
 """Bytes to read and discard after the last answer. Closing earlier would reset the connection and lose the answer."""
@@ -94,7 +103,7 @@ class LingeringTransport(CoalescingTransport):
             return
         self._flush()
         self._closing = True
-        if self.lingers or self._transport.get_write_buffer_size():
+        if self.lingers or self._transport.get_write_buffer_size() or not self._transport.can_write_eof():
             _LastAnswer(self, self._transport, self._loop)
         else:
             self._transport.close()
@@ -116,7 +125,8 @@ class _LastAnswer:
         self._loop = loop
         self._protocol = transport.get_protocol()
         self._left = MAX_DISCARDED
-        self._timer = loop.call_later(FLUSH, transport.abort)
+        self._deadline = loop.time() + FLUSH
+        self._timer = loop.call_at(self._deadline, transport.abort)
         transport.set_protocol(cast(asyncio.Protocol, self))
         transport.resume_reading()
         if transport.get_write_buffer_size():
@@ -146,9 +156,37 @@ class _LastAnswer:
         """Close, now that all is sent; only this side, if the client may still be sending."""
         if self._transport.is_closing():
             return
-        if self._wrapper.lingers and self._transport.can_write_eof():
+        if not self._transport.can_write_eof():
+            self._timer.cancel()
+            self._timer = self._loop.call_later(LINGER, self._end_tls)
+            self._transport.close()
+        elif self._wrapper.lingers:
             self._timer.cancel()
             self._timer = self._loop.call_later(LINGER, self._transport.abort)
             self._transport.write_eof()
         else:
             self._transport.close()
+
+    def _end_tls(self, was_sent: bool = False) -> None:
+        """Close a connection whose client does not end TLS, when all is sent.
+
+        The transport of TLS does not say what the one below it has not sent. But while that has something to send, so
+        has the kernel, except for the moment until the event loop gives it more.
+        """
+        sent = not _unsent(self._transport)
+        if (sent and was_sent) or self._loop.time() >= self._deadline:
+            self._transport.abort()
+        else:
+            self._timer = self._loop.call_later(_AGAIN if sent else LINGER, self._end_tls, sent)
+
+
+def _unsent(transport: asyncio.Transport) -> int:
+    """Return how many bytes the kernel has that the client has not received; 0 where that is not known."""
+    connection = transport.get_extra_info("socket")
+    if connection is None:  # it is closed
+        return 0
+    try:
+        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):
+        return 0
+    return int(struct.unpack("i", answer)[0])
