@@ -13,6 +13,9 @@ class Answer(Endpoint):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["found"] = scope["route"].path, scope.get("path_params", {})
 
+    def at_once(self, scope: Scope) -> None:
+        """Answer nothing at once."""
+
 
 async def router(scope: Scope, receive: Receive, send: Send) -> None:
     assert not scope.keys() & {"route", "path_params"}

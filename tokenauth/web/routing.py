@@ -28,9 +28,9 @@ class Endpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
+    @abstractmethod
     def at_once(self, scope: Scope) -> AnswerAtOnce | None:
         """Answer a GET request without a body, if it can be answered without waiting (`asgi_extensions.AtOnce`)."""
-        return None
 
 
 Handler = Callable[[Request], Awaitable[Response]]
