@@ -270,6 +270,16 @@ def test_a_wrong_target_is_named(tmp_path: Path, source: str, where: str, messag
     assert "secret-word" not in done.stderr
 
 
+def test_a_url_can_have_variables(tmp_path: Path, source: str) -> None:
+    """As in the configuration: the password of the service is in its environment, and in no list of processes."""
+    (tmp_path / "secret").write_text("b\n")
+    url = f"sqlite+aiosqlite:///{tmp_path}/${{NAME}}.db"
+    done = run(tmp_path, "copy", "--from", source, "--to", url, "--json", NAME_FILE=str(tmp_path / "secret"))
+    assert json.loads(done.stdout)["to"] == f"{tmp_path}/b.db"
+    assert mistake(run(tmp_path, "copy", "--to", url)).startswith("--to: the environment has no NAME; set it")
+    assert mistake(run(tmp_path, "copy", "--from", "${NAME", "--to", url)).startswith("--from: has a '${' that begins")
+
+
 def test_a_wrong_source_is_named(tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing.db", tmp_path / "empty.db"
     empty.touch()

@@ -45,15 +45,15 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
     rows. It exits with 3 while the source is in use. After an interruption, run it again: it goes on. The source and
     the configuration are not changed: set database.url before you start the server.
 
-    A password can be in PGPASSWORD instead of a URL.
+    A URL can have variables of the environment, as database.url can: write '${DATABASE_PASSWORD}' in place of a
+    password, in single quotes, so that no other user sees it in the list of processes.
     """
-    from tokenauth.settings.model import DatabaseSettings
-
-    origin = DatabaseSettings(url=source) if source is not None else load_settings(config_file).database
+    origin = load_settings(config_file).database if source is None else _database("--from", source)
+    destination = _database("--to", target)
     began = time.monotonic()
     with _progress() as on_progress:
         try:
-            report = asyncio.run(copy_database(origin, DatabaseSettings(url=target), on_progress))
+            report = asyncio.run(copy_database(origin, destination, on_progress))
         except KeyboardInterrupt:
             click.echo("Interrupted. Run the same command again: it goes on, unless the copy has finished.", err=True)
             raise
@@ -82,6 +82,14 @@ def copy(config_file: str | None, source: str | None, target: str, as_json: bool
             err=True,
         )
         click.get_current_context().exit(_IN_USE)
+
+
+def _database(option: str, url: str) -> "DatabaseSettings":
+    from tokenauth.settings import loader
+    from tokenauth.settings.model import DatabaseSettings
+
+    with loader.naming(option):
+        return DatabaseSettings(url=loader.fill_in(url))
 
 
 def _hint(report: "CopyReport") -> str:

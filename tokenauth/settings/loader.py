@@ -414,6 +414,12 @@ _MAX_SECRET = 64 * 1024
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
+def fill_in(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Replace variables in a text as in a string of the file. Raises ConfigError."""
+    _check_variables(text)
+    return _fill_in(text, environ, FilesRead(), None)
+
+
 def _substitute(
     tree: dict[str, Any], environ: Mapping[str, str], files: FilesRead, missing: dict[str, list[str]] | None = None
 ) -> dict[str, str]:
@@ -427,9 +433,8 @@ def _substitute(
         text = holder[key]
         if "${" not in text:
             continue
-        if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
-            raise ConfigError(f"{path}: has a '${{' that begins neither ${{NAME}} nor ${{NAME:-default}}")
-
+        with naming(path):
+            _check_variables(text)
         names = [f"${{{match[1]}}}" for match in _VARIABLE.finditer(text)]
         if names:
             found[path] = " and ".join(names)
@@ -441,6 +446,11 @@ def _substitute(
                 if "[" not in path:
                     del holder[key]
     return found
+
+
+def _check_variables(text: str) -> None:
+    if "${" in _VARIABLE.sub(lambda match: match[2] or "", text):
+        raise ConfigError("has a '${' that begins neither ${NAME} nor ${NAME:-default}")
 
 
 def _fill_in(text: str, environ: Mapping[str, str], files: FilesRead, errors: list[str] | None) -> str:
