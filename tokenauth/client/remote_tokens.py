@@ -22,6 +22,13 @@ _log = logging.getLogger("tokenauth.client")
 _KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept: less than tokenauth and common proxies keep it (60 to 75)."""
 
+_MAX_LOOKUPS = 100
+"""Requests at a time. More wait here, not in the connection pool of httpx, which has no limit.
+
+With a limit, a request that is cancelled while it waits for a connection can take one with it, which never becomes free
+again (https://github.com/encode/httpcore/issues/1093). After an outage under load, all of them were gone.
+"""
+
 
 class _LruCache(Generic[Entry]):
     def __init__(self, size: int) -> None:
@@ -84,9 +91,9 @@ class RemoteTokens:
     * **cache_size** - Number of valid tokens that are cached, by their digests. Refused ones have a separate cache
     of the same size, so that made-up tokens cannot evict valid ones.
     * **timeout** - Seconds for one lookup, in all.
-    * **client** - An `httpx.AsyncClient` to use, for your own certificates or proxies; you close it. It follows no
-    redirects here. By default, a client that ignores the proxies and the `.netrc` of the environment, so that tokens
-    are sent to tokenauth only.
+    * **client** - An `httpx.AsyncClient` to use, for your own certificates or proxies; you close it. Create it
+    with `limits=httpx.Limits(max_connections=None)`: at most 100 are used. It follows no redirects here. By default, a
+    client that ignores the proxies and the `.netrc` of the environment, so that tokens are sent to tokenauth only.
     * **clock** - The wall clock by which tokens expire, in Unix seconds.
     * **monotonic** - The clock by which cached responses age. It must never go back.
     """
@@ -113,7 +120,7 @@ class RemoteTokens:
         self._client = client or httpx.AsyncClient(
             trust_env=False,
             verify=issuer.create_ssl_context(),  # with SSL_CERT_FILE of the environment, but without its proxies
-            limits=httpx.Limits(max_connections=100, keepalive_expiry=_KEEPALIVE_EXPIRY),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_EXPIRY),
         )
         self._clock = clock
         self._monotonic = monotonic
@@ -121,6 +128,7 @@ class RemoteTokens:
         self._refused: _LruCache[float] = _LruCache(cache_size)
         self._lookups: dict[bytes, _Lookup] = {}
         self._tasks: set[asyncio.Task[Login | None]] = set()
+        self._slots = asyncio.Semaphore(_MAX_LOOKUPS)
         self._reachable = True
 
     async def __aenter__(self) -> "RemoteTokens":
@@ -207,13 +215,22 @@ class RemoteTokens:
         return login
 
     async def _fetch(self, digest: bytes, value: bytes) -> Login | None:
-        async with asyncio.timeout(self._timeout):
-            response = await self._client.get(
-                f"{self._url}/api/me",
-                headers={"X-Token": value.decode()},
-                follow_redirects=False,
-                timeout=self._timeout,
-            )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        async with asyncio.timeout_at(deadline):
+            await self._slots.acquire()
+        try:
+            if deadline - loop.time() < self._timeout / 10:  # it would be cancelled while it opens a connection
+                raise TimeoutError
+            async with asyncio.timeout_at(deadline):
+                response = await self._client.get(
+                    f"{self._url}/api/me",
+                    headers={"X-Token": value.decode()},
+                    follow_redirects=False,
+                    timeout=self._timeout,
+                )
+        finally:
+            self._slots.release()
         if response.status_code == 200:
             return issuer.read(response, issuer.MeBody).login(digest)
         if response.status_code == 401 and issuer.read(response, issuer.ErrorBody).error == InvalidToken.code:

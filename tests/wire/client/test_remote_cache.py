@@ -80,6 +80,19 @@ async def test_concurrent_requests_share_a_lookup(connect: Connect, issuer: Held
     assert {login.user.username for login in logins if login} == {"ann"}
 
 
+async def test_at_most_100_lookups_are_sent_at_once(connect: Connect, issuer: HeldIssuer) -> None:
+    """The pool of httpx loses connections when requests are cancelled that wait for one."""
+    tokens = connect(timeout=60)
+    issuer.gate.clear()
+    asking = [asyncio.create_task(tokens.identify(token(number))) for number in range(150)]
+    await issuer.await_requests(100)
+    await turns()
+    assert len(issuer.asked) == 100
+    issuer.gate.set()
+    assert None not in await asyncio.gather(*asking)
+    assert len(issuer.asked) == 150
+
+
 async def test_without_max_age_no_request_joins_a_lookup(connect: Connect, issuer: HeldIssuer) -> None:
     """Even if the clock does not move."""
     tokens = connect(max_age=0)
