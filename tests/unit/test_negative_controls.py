@@ -120,17 +120,20 @@ def tiny_pool(tmp_path: Path, time: HandTime) -> Iterator[Opener]:
         yield lambda *options: stack.enter_context(closing(TinyPool(tmp_path, time, *options)))
 
 
-def interleave(slow: Callable[[Callable[[], object]], object], quick: Callable[[], object]) -> None:
-    """Run `slow`, and `quick` once `slow` has read. `slow` continues when `quick` is done, or waits for its lock."""
+def interleave(slow: Callable[[Callable[[], object]], object], quick: Callable[[], object], *, locked: bool) -> None:
+    """Run `slow`, and `quick` once `slow` has read. `slow` continues when `quick` is done.
+
+    `locked`: then `quick` waits for the lock of `slow`, which soon continues.
+    """
     has_read, done = Signal(), Signal()
 
     def pause() -> None:
         has_read.set()
-        done.wait(0.3)  # `quick` may wait for the lock of `slow`
+        done.wait(0.3 if locked else 60)
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(slow, pause)
-        assert has_read.wait(10)
+        assert has_read.wait(60)
         second = threads.submit(quick)
         second.add_done_callback(lambda _: done.set())
         first.result()
@@ -148,6 +151,7 @@ def test_the_check_detects_a_racy_assign(
     interleave(
         lambda pause: Holder("slow", tiny_pool(faults, pause), history, Random(1)).assign(),
         Holder("quick", quick, history, Random(2)).assign,
+        locked=faults is SOUND,
     )
     assert_like(history.violations(TTL, 1), sentences)
 
@@ -161,6 +165,7 @@ def test_the_check_detects_a_racy_generate(
     interleave(
         lambda pause: history.record("generate", tiny_pool(faults, pause).generate),
         lambda: history.record("generate", quick.generate),
+        locked=faults is SOUND,
     )
     assert_like(history.violations(TTL, CAPACITY), sentences)
 

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ class Scene:
     async def written(self) -> None:
         """Wait until the queue is written."""
         if self.queue._writing is not None:
-            await asyncio.wait_for(self.queue._writing, 5)
+            await asyncio.wait_for(self.queue._writing, 60)
         assert self.queue.held == {}
 
 
@@ -271,11 +271,7 @@ class Machine:
 
     async def settled(self) -> None:
         """Wait until all queues are empty."""
-        for _ in range(500):
-            if not any(queue.active for queue in self.queues):
-                break
-            await asyncio.sleep(0.01)
-        assert not any(queue.active for queue in self.queues)
+        await until(lambda: not any(queue.active for queue in self.queues))
         assert (len(self.held), self.held.snapshot().dropped) == (0, 0)
 
 
@@ -296,6 +292,13 @@ async def log_in(service: Service) -> bytes:
     return (await service.tokens.issue("admin", "admin", "192.0.2.1", "test")).value.encode()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what a queue does in the background."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+
+
 async def is_valid(service: Service, value: bytes) -> bool | None:
     """Return whether a worker accepts a token; None if it does not know."""
     try:
@@ -312,10 +315,7 @@ async def test_all_workers_refuse_a_queued_revocation(machine: Machine) -> None:
     assert [await is_valid(service, ended) for service in machine.services] == [False, False]
     assert list(machine.held.snapshot().held) == [digest_of(ended.decode())]
     machine.stores[1].writing = None  # the other worker can write
-    for _ in range(500):
-        if not len(machine.held):
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: not len(machine.held))
     assert machine.queues[0].active
     assert await is_valid(here, ended) is False
     machine.fail_writes(None)
@@ -336,10 +336,7 @@ async def test_a_full_queue_refuses_all_tokens_on_every_worker(machine: Machine)
     late.apply(machine.held.snapshot())
     assert late.problem is not None
     machine.stores[0].writing = None
-    for _ in range(500):
-        if not machine.queues[1].active:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: not machine.queues[1].active)
     await machine.settled()  # although the other worker cannot write
     machine.fail_writes(None)
     assert [await is_valid(service, tokens[4]) for service in machine.services] == [False, False]

@@ -272,7 +272,7 @@ def test_a_file_that_a_new_server_makes_meanwhile_is_kept(tmp_path: Path) -> Non
     started: list[UnixListener] = []
 
     def start() -> None:
-        path.unlink()
+        path.unlink(missing_ok=True)
         started.append(UnixListener(str(path), 0o660))
 
     starting = threading.Thread(target=start)

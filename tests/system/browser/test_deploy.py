@@ -141,7 +141,7 @@ def test_a_person_logs_in_to_the_application(tmp_path: Path, page: Page) -> None
         page.goto(f"http://localhost:{port}/reports?of=today")
         log_in(page)
         expect(page.get_by_text("Hello admin!")).to_be_visible()
-        assert page.url == f"http://localhost:{port}/reports?of=today"
+        expect(page).to_have_url(f"http://localhost:{port}/reports?of=today")
         page.goto(f"http://localhost:{port}/logout")
         page.get_by_role("button", name="Log out").click()
         page.goto(f"http://localhost:{port}/reports")

@@ -32,7 +32,7 @@ def test_a_person_logs_in_and_out_at_one_host(context: BrowserContext, gate: Gat
         address = f"{gate.origin(gate.auth)}/app/x?y#z"
         page.goto(address)
         _fill_in(page)
-        assert page.url == address
+        expect(page).to_have_url(address)
         expect(page.get_by_role("heading")).to_have_text("Private page of ann")
         [cookie] = [cookie for cookie in context.cookies() if not str(cookie.get("name")).endswith("-form")]
         assert (cookie["name"], cookie["domain"]) == (HOSTS[gate.auth], gate.auth)

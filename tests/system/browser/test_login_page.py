@@ -91,7 +91,7 @@ def test_a_login_leads_back_with_query_and_fragment(page: Page, context: Browser
     assert page.url.startswith(f"{gate.origin(AUTH)}/login?rd=")
     expect(page.locator("main")).to_contain_text(f"to continue to {APP}")
     fill_in(page)
-    assert page.url == address
+    expect(page).to_have_url(address)
     expect(page.get_by_role("heading")).to_have_text("Private page of ann")
     cookie = login_cookie(context)
     assert cookie is not None
@@ -122,7 +122,7 @@ def test_a_wrong_password_shows_the_page_again(page: Page, gate: Gate) -> None:
     expect(page.get_by_label("Password")).to_have_value("")
     expect(page.get_by_label("Password")).to_be_focused()
     fill_in(page)
-    assert page.url == f"{gate.origin(APP)}/x?y#z"
+    expect(page).to_have_url(f"{gate.origin(APP)}/x?y#z")
 
 
 def test_a_throttled_login_names_the_time_to_wait(page: Page, gate: Gate, client: httpx.Client) -> None:
@@ -181,10 +181,10 @@ def test_two_tabs_can_log_in_one_after_the_other(page: Page, context: BrowserCon
     with context.new_page() as other:
         other.goto(f"{gate.origin(APP)}/two")
         fill_in(page)
-        assert page.url == f"{gate.origin(APP)}/one"
+        expect(page).to_have_url(f"{gate.origin(APP)}/one")
         first = login_cookie(context)
         fill_in(other)
-        assert other.url == f"{gate.origin(APP)}/two"
+        expect(other).to_have_url(f"{gate.origin(APP)}/two")
     second = login_cookie(context)
     assert first is not None
     assert second is not None
@@ -204,7 +204,7 @@ def test_a_cookie_that_does_not_arrive_is_named(page: Page, gate: Gate) -> None:
     assert f"the cookie of {AUTH}:{gate.server_port}" in text.replace("\n", " ")
     gate.hidden_from.clear()
     page.get_by_role("link", name="Continue to").click()
-    assert page.url == f"{gate.origin(APP)}/x"
+    expect(page).to_have_url(f"{gate.origin(APP)}/x")
     expect(page.get_by_role("heading")).to_have_text("Private page of ann")
 
 

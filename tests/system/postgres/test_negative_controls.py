@@ -121,6 +121,7 @@ def test_the_check_detects_an_assign_without_a_lock(
     interleave(
         lambda pause: Holder("slow", machine(pause), history, Random(1)).assign(),
         Holder("quick", quick, history, Random(2)).assign,
+        locked=rows is Sound,
     )
     assert_like(history.violations(TTL, 1), sentences)
 

@@ -72,7 +72,7 @@ def test_a_person_uses_an_application(context: BrowserContext, proxy: Proxy) -> 
         page.goto(address)
         assert page.url.startswith(f"{AUTH}/login?rd=")
         log_in(page)
-        assert page.url == address
+        expect(page).to_have_url(address)
         expect(page.get_by_role("heading")).to_have_text("Private page of ann")
         [request] = _take(proxy)
         assert request.target == b"/dash/a%20b?year=2026&q=a+b%2Fc"
@@ -134,7 +134,7 @@ return_to = ["http://localhost:{port}"]
             address = f"http://localhost:{port}/x?y=z#part"
             page.goto(address)
             log_in(page)
-            assert page.url == address
+            expect(page).to_have_url(address)
             expect(page.get_by_role("heading")).to_have_text("Private page of ann")
             page.get_by_role("button", name="Send").click()
             expect(page.get_by_role("heading")).to_have_text("Private page of ann")
@@ -171,7 +171,7 @@ def test_login_page_and_application_share_a_host(browser: Browser, port_443: Rel
         for target in ("/x?y=z#part", "/login-x"):
             page.goto(APP + target)
             log_in(page)
-            assert page.url == APP + target
+            expect(page).to_have_url(APP + target)
             [request] = _take(proxy)
             assert request.values("X-Auth-User") == [b"ann"]
             assert b"tokenauth=" not in b"".join(request.values("Cookie"))
