@@ -35,7 +35,7 @@ def survives_breakage(directory: Path, kind: str) -> None:
         until(lambda: len(failures(server)) >= 3, "the start was retried")
         _, *failed = failures(server)
         assert all(breakage.message in event["reason"] for event in failed), failed
-        assert [event["retry_in"] for event in failed] == [1.0, 1.5]
+        assert [event["retry_in"] for event in failed[:2]] == [1.0, 1.5]
         with Connection(server.port) as connection:
             assert connection.ask("GET", "/healthz").status == 200
         server.process.send_signal(signal.SIGHUP)

@@ -6,7 +6,6 @@ import resource
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -49,17 +48,16 @@ def test_a_locked_store_refuses_no_valid_token(tmp_path: Path) -> None:
         with locked(tmp_path / "tokenauth.db"), Connection(servers[0].port) as one, Connection(servers[1].port) as two:
             login = others.submit(one.ask, "POST", "/api/token", LOGIN)
             logout = others.submit(two.ask, "DELETE", "/api/token", {"token": ended})
-            slowest = 0.0
+            answers = 0
             while not (login.done() and logout.done()):
-                began = time.monotonic()
                 assert here.valid(kept)
                 assert there.valid(kept)
-                slowest = max(slowest, time.monotonic() - began)
+                answers += 1
             assert is_outage(login.result())
             assert logout.result().status == 200
             assert logout.result().json() == {"valid": False, "expiry_time": None}
             assert not there.valid(ended)
-            assert slowest < 1
+            assert answers > 3, "validation waits for the writer"
             [event] = servers[0].events("store_not_writable")
             assert event["reason"].startswith("database is locked. Another program holds a lock on ")
             assert "`fuser -v " in event["reason"]

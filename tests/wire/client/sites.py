@@ -78,7 +78,7 @@ class Issuer:
             self.logins += 1
             value, gate = f"{self.logins:064}", self.gate
         self.asked.set()
-        assert gate.wait(10)
+        assert gate.wait(60)
         if self.refuse:
             return self.refuse
         self.valid.add(value)

@@ -331,7 +331,7 @@ def test_a_task_does_not_wait_for_the_login_of_a_thread(home: Site, issuer: Issu
     held.clear()
     slow = threading.Thread(target=Kind("threads").send, args=(auth, "GET", f"{home.url}/x"))
     slow.start()
-    assert issuer.asked.wait(10)
+    assert issuer.asked.wait(60)
     issuer.gate = threading.Event()
     issuer.gate.set()
     assert Kind("tasks").send(auth, "GET", f"{home.url}/x").status_code == 200
