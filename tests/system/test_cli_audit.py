@@ -680,6 +680,7 @@ def test_a_refused_reload_names_the_operator(home: Path) -> None:
         [refused] = wait_for(home / "audit.jsonl", action="reload")
         server.process.send_signal(signal.SIGHUP)
         _, without = wait_for(home / "audit.jsonl", 2, action="reload")
+        until(lambda: len(server.events("reload_refused")) == 2, "both are logged")
         assert [line.get("by") for line in server.events("reload_refused")] == ["jo-ann", None]
     assert (refused["by"], refused["result"], "by" in without) == ("jo-ann", "refused", False)
 

@@ -59,10 +59,8 @@ def test_the_command_waits_and_says_what_has_changed(tmp_path: Path) -> None:
         changed = "users removed: bob; pools added: licences"
         assert output(reload(tmp_path)) == f"Reloaded by process {pid}: {changed}.\n"
         assert not can_log_in(server, "bob"), "it is in use when the command ends"
-        event = server.events("reloaded")[-1]
-        assert (event["cause"], event["users"], event["users_removed"], event["pools_added"]) == (
-            "command", 2, ["bob"], ["licences"],
-        )  # fmt: skip
+        event = server.wait("reloaded", users_removed=["bob"])
+        assert (event["cause"], event["users"], event["pools_added"]) == ("command", 2, ["licences"])
         assert "passwords_changed" not in event
         assert len(server.events("reloaded")) == 2
 
@@ -75,7 +73,7 @@ def test_what_needs_a_restart_is_said_by_all_commands(tmp_path: Path) -> None:
         pid = server.process.pid
         said = f"server.port changes only at a restart; still serving on 127.0.0.1 port {old}"
         assert output(reload(tmp_path)) == f"Reloaded by process {pid}: {said}.\n"
-        assert server.events("restart_needed")[0]["detail"].endswith(said)
+        assert server.wait("restart_needed")["detail"].endswith(said)
         asked = mistake(run(tmp_path, "health"))
         assert asked.startswith(f"127.0.0.1:{new}: Connection refused. Process {pid} serves config.toml elsewhere")
         checks = {one["check"]: one for one in json.loads(run(tmp_path, "doctor", "--json").stdout)["checks"]}
@@ -148,7 +146,7 @@ def test_a_hanging_worker_delays_a_reload_and_is_named(tmp_path: Path) -> None:
             done = reload(tmp_path)
         finally:
             os.kill(hanging, signal.SIGCONT)
-        busy = server.events("reloaded")[-1]["busy"]
+        busy = server.wait("reloaded")["busy"]
         assert hanging in busy  # and on a very busy machine the other one, too
         named = ", ".join(map(str, busy))
         assert (done.returncode, done.stderr) == (0, f"Warning: workers that still take requests: {named}\n")
@@ -297,13 +295,13 @@ def test_a_watched_file_is_reloaded_and_a_broken_one_said_once(tmp_path: Path) -
         assert server.wait("reloaded", cause="watch")["users_added"] == ["eve"]
         config.write_text("[server")
         assert "not TOML" in server.wait("reload_refused", cause="watch")["detail"]
-        started = len(server.events("started"))
+        until(lambda: len(server.events("started")) == 2, "the new worker serves")
         config.write_text(config.read_text())  # the same again, at another time
         until(lambda: len(server.events("reload_refused")) == 2, "the next version is said, too")
         write_config(tmp_path, WATCH + POOL)
         server.wait("reloaded", pools_added=["licences"])
         assert len(server.events("reload_refused")) == 2
-        assert len(server.events("started")) == started + 1
+        until(lambda: len(server.events("started")) == 3, "a worker for each version that can be read")
         write_config(tmp_path)
         server.wait("reloaded", settings_changed=["server.reload"])
 

@@ -230,13 +230,15 @@ def test_a_refused_reload_counts_beside_an_earlier_one(tmp_path: Path) -> None:
     with metered(config) as (server, scraper):
         right, serving = config.read_text(), set(workers_of(server))
         with (tmp_path / "tokenauth.db-lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # new workers wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the new worker waits a second for it
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: set(workers_of(server)) - serving, "the workers of the reload have started")
+            [new] = until(lambda: set(workers_of(server)) - serving, "the worker of the reload has started")
+            os.kill(new, signal.SIGSTOP)
             config.write_text("nonsense")
             server.process.send_signal(signal.SIGHUP)
             server.wait("reload_refused")
             assert server.events("reloaded") == []
+            os.kill(new, signal.SIGCONT)
         server.wait("reloaded")
         assert scraper.value("config_last_reload_successful") == 0
         config.write_text(right)
