@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.patience import LONG, be_patient
 from tests.support.servers import worker, write_config
 from tests.wire.openapi.checked_client import (
     BODIES,
@@ -30,6 +31,7 @@ from tokenauth.service import Service, create_service
 from tokenauth.settings import loader
 from tokenauth.stores.batching import LIMIT
 from tokenauth.stores.changes.clock import SaveTime
+from tokenauth.stores.sqlite import writer
 from tokenauth.web.app import build_app
 
 
@@ -119,8 +121,12 @@ def example(operation: Operation) -> dict[str, Any]:
     return {"data" if operation.body == FORM else "json": content}
 
 
-async def test_a_full_queue_of_writes_is_refused_as_documented(tmp_path: Path, settings: str) -> None:
+async def test_a_full_queue_of_writes_is_refused_as_documented(
+    tmp_path: Path, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another program holds SQLite's lock meanwhile."""
+    be_patient(monkeypatch)
+    monkeypatch.setattr(writer, "_PRAGMAS", (f"busy_timeout = {LONG * 1000:.0f}", *writer._PRAGMAS[1:]))
     service = create_service(loader.load(write_config(tmp_path, settings)))
     transport = httpx.ASGITransport(build_app(service))
     async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
