@@ -103,11 +103,18 @@ async def test_refusals_are_delayed_up_to_a_bound(monkeypatch: pytest.MonkeyPatc
     queue = LoginQueue(1, 1)
     await queue.enter(turn("x", "x"))
     await begin(queue, [turn("a", "ann")])
-    held = await begin(queue, [turn("a", "ann") for _ in range(5)])
-    assert [task.done() for task in held] == [False, False, False, True, True]
-    assert {type(each) for each in await asyncio.gather(*held, return_exceptions=True)} == {Overloaded}
-    (late,) = await begin(queue, [turn("a", "ann")])
-    assert not late.done()
+    ended: list[int] = []
+
+    async def is_delayed(number: int) -> bool:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Overloaded):
+            await queue.enter(turn("a", "ann"))
+        ended.append(number)
+        return asyncio.get_running_loop().time() - began > 0.9 * login_queue.REFUSAL_DELAY
+
+    delayed = await asyncio.gather(*map(is_delayed, range(5)))
+    assert (delayed[:3], ended[:2]) == ([True] * 3, [3, 4]), "of five at the same time, the last two are not delayed"
+    assert await is_delayed(5)
 
 
 async def test_the_limit_of_a_key_bounds_running_turns() -> None:
