@@ -181,9 +181,15 @@ def test_an_issuer_without_an_answer_grants_nothing(
 ) -> None:
     proxy.replace(FAILURES[failure])
     client = connect(proxy.url, headers=login)
-    with pytest.raises(errors.IssuerUnavailable), client.lease("permit", wait=0.2):
-        raise AssertionError("there is no lease")
-    assert proxy.replaced > 1, "it has asked again"
+
+    def asks_again() -> bool:
+        """Return whether it does. On a busy machine, the first request may take the whole time."""
+        before = proxy.replaced
+        with pytest.raises(errors.IssuerUnavailable), client.lease("permit", wait=0.2):
+            raise AssertionError("there is no lease")
+        return proxy.replaced > before + 1
+
+    until(asks_again, "it asks again")
 
 
 def test_a_refused_login_is_not_repeated_each_second(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
