@@ -15,7 +15,7 @@ from urllib.parse import quote_from_bytes
 import pytest
 
 from tests.support.connections import Answer, Closed, Connection
-from tests.support.servers import USERS, Server, log_in, worker, write_config
+from tests.support.servers import USERS, HandClock, Server, log_in, worker, write_config
 from tests.wire.openapi.checked_client import FORM, JSON
 from tests.wire.openapi.configurations import ALL_DIALECTS, API_PASSWORD, with_dialects
 from tests.wire.openapi.conformance import Documented, Operation
@@ -92,10 +92,11 @@ class Sent(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, clock: HandClock) -> Iterator[Server]:
+    """Run a worker. No lease lapses during a test: a busy machine may take longer than it lasts."""
     limits = "[throttle]\nfree = 1000000\nnetwork_free = 1000000\n[tokens]\nper_user = 0\n"
     config: Path = write_config(tmp_path_factory.mktemp("hostile"), limits + with_dialects(**ALL_DIALECTS), ALL_SCOPES)
-    with worker(config) as running:
+    with worker(config, clock) as running:
         yield running
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import Server, log_in, worker, write_config
+from tests.support.servers import HandClock, Server, log_in, worker, write_config
 from tests.wire.routes.test_disconnected import POOLS
 from tokenauth.service import create_service
 from tokenauth.settings import loader
@@ -42,8 +42,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(config: Path) -> Iterator[tuple[Server, httpx.Client]]:
-    """Run a worker with logins, free tokens and leases."""
-    with worker(config) as server, server.client() as client:
+    """Run a worker with logins, free tokens and leases, none of which lapses: its clock stands still."""
+    with worker(config, HandClock(config.with_name("clock"), create=True)) as server, server.client() as client:
         client.headers["X-Token"] = log_in(client)
         for pool in ("p", "q", "m"):
             assert client.post(f"/api/pools/{pool}/tokens", json={"count": 2}).status_code == 201
