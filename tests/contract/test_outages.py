@@ -90,7 +90,11 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def probes_that_hang() -> Iterator[None]:
-    """Let probes fail soon: the database does not answer."""
+    """Let probes fail soon: the database does not answer.
+
+    Before it stops to answer, wait for `ready_again`: on a busy machine that was slow, and a probe is running, which
+    may take longer.
+    """
     with pytest.MonkeyPatch.context() as hanging:
         hanging.setattr(circuit_breaker, "PROBE_TIMEOUT", 0.5)
         yield
@@ -246,6 +250,7 @@ async def test_a_probe_that_hangs_loses_no_place(filled: Place) -> None:
     assert isinstance(filled.engine, SqliteEngine)
     began = filled.engine.clock()
     await filled.pools.ask(FULL, "ann", "live", "x", began, keep=5.0)
+    await ready_again(filled)
     goes_on = threading.Event()
     connection, circuit = filled.engine.writer._connection, filled.engine.writer._circuit
     connection.set_trace_callback(lambda statement: statement == "COMMIT" and goes_on.wait(60))
@@ -390,6 +395,7 @@ async def test_a_node_cut_off_for_a_second_refuses_at_once(
         place = await places.open()
         await place.tokens.issue(token(1), 0, START)
         await place.pools.generate(POOL, ["a", "b"], START)
+        await ready_again(place)
         monkeypatch.setattr(circuit_breaker, "TIMEOUT", 60.0)
         with probes_that_hang():
             getattr(proxy, how)()
@@ -439,6 +445,7 @@ async def test_a_commit_that_hangs_refuses_what_comes_after_it(places: Places, m
     monkeypatch.setattr(circuit_breaker, "TIMEOUT", 4.0)
     read, write = os.pipe()
     place = await places.open()
+    await ready_again(place)
     with structlog.testing.capture_logs() as logs:
 
         class Hang(Change[None]):
