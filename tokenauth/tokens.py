@@ -28,6 +28,7 @@ from tokenauth.models import (
 )
 from tokenauth.revocation_queue import RevocationQueue, logged_revocation
 from tokenauth.settings.model import TokenSettings
+from tokenauth.stores.cache import MustWait
 from tokenauth.stores.store import Store
 from tokenauth.token_uses import Uses
 
@@ -162,17 +163,22 @@ class Tokens:
                 return None
         return self._checked(token, now, touch)
 
-    def holds(self, digest: bytes) -> bool:
-        """Return whether a token is cached, for `validate_cached`. It may be revoked, or have expired."""
-        return self._store.tokens.holds(digest)
+    def can_validate_now(self, digest: bytes) -> bool:
+        """Return whether `validate_now` will answer, most likely."""
+        return self._store.tokens.has_now(digest)
 
-    def validate_cached(self, digest: bytes) -> Token | None:
-        """Do what `validate` does for a valid token that is cached. None: only `validate` can tell.
+    def validate_now(self, digest: bytes) -> Token | None:
+        """Do what `validate` does, without waiting: with SQLite for any token, else for one that is cached.
 
-        Raises StoreUnavailable if revocations cannot be read.
+        Raises MustWait if that is impossible, or StoreUnavailable.
         """
-        token, now = self._store.tokens.cached(digest), self._clock()
-        if token is None or now >= token.expires_at:
+        stored = self._store.tokens
+        token, now = stored.cached(digest) or stored.look_up_now(digest), self._clock()
+        if token is None:
+            return None
+        if now >= token.expires_at:
+            if token.is_extendable:
+                raise MustWait
             return None
         return self._checked(token, now, True)
 

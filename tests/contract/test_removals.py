@@ -10,7 +10,7 @@ import pytest
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
 from tokenauth.models import Token
-from tokenauth.stores.cache import TokenCache
+from tokenauth.stores.cache import MustWait, TokenCache
 from tokenauth.stores.engine import Engine
 from tokenauth.stores.store import TokenStore
 
@@ -183,6 +183,23 @@ async def test_a_token_revoked_during_a_lookup_is_not_cached(place: Place, other
     assert await looking in {gone, None}
     assert await tokens.get(gone.digest) is None
     assert await tokens.get(kept.digest) == kept
+
+
+async def test_a_look_up_that_must_not_wait_sees_a_removal(place: Place, other: Place) -> None:
+    """It is what a check of a token does with SQLite. With PostgreSQL, all that is not cached must wait."""
+    gone, kept = await fill(place, 2)
+    tokens = other.store.tokens
+    assert tokens.has_now(gone.digest) is (other.engine.token_now is not None)
+    if other.engine.token_now is None:
+        with pytest.raises(MustWait):
+            tokens.look_up_now(gone.digest)
+        return
+    for one in (gone, kept):
+        assert tokens.cached(one.digest) is None
+        assert tokens.look_up_now(one.digest) == tokens.cached(one.digest) == one
+    assert await place.tokens.revoke(gone.digest, START)
+    assert tokens.cached(gone.digest) is tokens.look_up_now(gone.digest) is None
+    assert tokens.cached(kept.digest) == kept
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -11,6 +11,10 @@ from tokenauth.stores.engine import Feed
 _NOTHING: dict[bytes, Token] = {}
 
 
+class MustWait(Exception):
+    """A token must be looked up, which waits."""
+
+
 class TokenCache:
     """Caches `size` tokens, and drops each as soon as any process has revoked it.
 
@@ -30,8 +34,16 @@ class TokenCache:
     Expired tokens are cached too: the caller compares the expiry with its time at each use.
     """
 
-    def __init__(self, look_up: Callable[[bytes], Awaitable[Token | None]], feed: Feed, size: int) -> None:
+    def __init__(
+        self,
+        look_up: Callable[[bytes], Awaitable[Token | None]],
+        feed: Feed,
+        size: int,
+        look_up_now: Callable[[bytes], Token | None] | None = None,
+    ) -> None:
+        """`look_up_now` does what `look_up` does, without waiting; None if that is impossible."""
         self._look_up = look_up
+        self._look_up_now = look_up_now
         self._feed = feed
         self._size = size
         self._tokens: dict[bytes, Token] = {}
@@ -48,9 +60,17 @@ class TokenCache:
             self._catch_up()
         return self._usable.get(digest)
 
-    def holds(self, digest: bytes) -> bool:
-        """Return whether a token is cached. It may be revoked: only `cached` applies the revocations."""
-        return digest in self._usable
+    def has_now(self, digest: bytes) -> bool:
+        """Return whether `cached` and `look_up_now` will find out about a token without waiting, most likely."""
+        return self._look_up_now is not None or digest in self._usable
+
+    def look_up_now(self, digest: bytes) -> Token | None:
+        """Do what `look_up` does, without waiting. Raises MustWait if that is impossible."""
+        if self._look_up_now is None:
+            raise MustWait
+        token = self._look_up_now(digest)
+        self._keep(digest, token, self._generation)
+        return token
 
     async def look_up(self, digest: bytes) -> Token | None:
         """Look up a token, cached or not, and cache it unless anything was revoked during the look-up."""
@@ -62,11 +82,15 @@ class TokenCache:
             self._looking_up[digest] -= 1
             if not self._looking_up[digest]:
                 del self._looking_up[digest]
+        self._keep(digest, token, generation)
+        return token
+
+    def _keep(self, digest: bytes, token: Token | None, generation: int) -> None:
+        """Cache what the store had at a generation."""
         if token is None:
             self._drop(digest)
         elif generation == self._generation and self._usable is self._tokens:
             self._insert(token)
-        return token
 
     def forget(self, digests: Collection[bytes]) -> None:
         """Drop tokens that the store did not have, even before their revocations arrive.

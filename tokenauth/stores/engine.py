@@ -149,5 +149,9 @@ class Engine(Protocol):
     async def token(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""
 
+    @property
+    def token_now(self) -> Callable[[bytes], Token | None] | None:
+        """Does what `token` does, without waiting; None if this engine must wait."""
+
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Return what is stored under these keys; missing keys are left out."""

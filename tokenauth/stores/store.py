@@ -179,9 +179,10 @@ class TokenStore:
         self._engine = engine
         self._cache = cache
         self.cached = cache.cached
-        self.holds = cache.holds
         """Returns what `get` returns without waiting; None for what must be looked up, as `look_up` does."""
         self.look_up = cache.look_up
+        self.has_now = cache.has_now
+        self.look_up_now = cache.look_up_now
         self.share: Share | None = None
         """Reaches the other workers of this machine; None if there are none."""
 
@@ -761,7 +762,7 @@ class Store:
     def __init__(self, engine: Engine, cache_size: int) -> None:
         """`cache_size` is how many tokens this process caches."""
         self.engine = engine
-        self.tokens = TokenStore(engine, TokenCache(engine.token, engine.feed, cache_size))
+        self.tokens = TokenStore(engine, TokenCache(engine.token, engine.feed, cache_size, engine.token_now))
         self.pools = PoolStore(engine)
         self.failures = FailureStore(engine)
 

@@ -112,6 +112,9 @@ class PostgresEngine:
     def apply(self, change: Change[A]) -> Awaitable[A]:
         return self.connections.apply(change)
 
+    token_now = None
+    """A look-up waits for the server."""
+
     async def token(self, digest: bytes) -> Token | None:
         """Look up a token; concurrent look-ups share a query.
 

@@ -137,6 +137,11 @@ class SqliteEngine:
         """Look up a token on the event loop."""
         return self.reader.token(digest)
 
+    @property
+    def token_now(self) -> Callable[[bytes], Token | None]:
+        """Look up a token on the event loop."""
+        return self.reader.token
+
     async def failures(self, keys: Sequence[bytes]) -> Mapping[bytes, Failures]:
         """Look up counts on the event loop."""
         return self.reader.failures(keys)

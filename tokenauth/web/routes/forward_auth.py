@@ -53,6 +53,9 @@ class _Query(NamedTuple):
 
 _EMPTY = _Query()
 
+_INVALID = "tokenauth.invalid"
+"""A key of the scope of a request whose token `at_once` has found to be invalid: it is not looked up again."""
+
 
 class ForwardAuth(Endpoint):
     """/auth, for all methods. An ASGI app: as a handler it would lose 4 % of its rate.
@@ -69,19 +72,20 @@ class ForwardAuth(Endpoint):
         self._responses: dict[str, _Response] = {}  # at most one for each user, with all of their scopes
 
     def at_once(self, scope: Scope) -> AnswerAtOnce | None:
-        """Answer for a valid token that is cached. Both this and the answer raise the error of what may not pass."""
+        """Answer for a valid token, without waiting. Both this and the answer raise the error of what may not pass."""
         asked = self._asked(scope)
         value, cookie_headers = self._find_token(scope, asked)
         digest = values.digest(value) if value is not None and asked.touch else None
-        if digest is None or not self._tokens.holds(digest):
+        if digest is None or not self._tokens.can_validate_now(digest):
             return None
         return partial(self._answer, scope, asked, digest, cookie_headers)
 
     def _answer(
         self, scope: Scope, asked: _Query, digest: bytes, cookie_headers: Headers | None
     ) -> tuple[bytes, bytes] | None:
-        token = self._tokens.validate_cached(digest)
+        token = self._tokens.validate_now(digest)
         if token is None:
+            scope[_INVALID] = True
             return None
         response = self._check(None, token, asked)
         self._check_page(scope, cookie_headers)
@@ -94,7 +98,8 @@ class ForwardAuth(Endpoint):
         try:
             asked = self._asked(scope)
             value, cookie_headers = self._find_token(scope, asked)
-            token = None if value is None else await self._tokens.validate(value, asked.touch)
+            if value is not None and _INVALID not in scope:
+                token = await self._tokens.validate(value, asked.touch)
             response = self._check(value, token, asked)
             self._check_page(scope, cookie_headers)
         except Exception as error:

@@ -71,25 +71,28 @@ class CheckToken(Endpoint):
         self._counts = counts
 
     def at_once(self, scope: Scope) -> AnswerAtOnce | None:
-        """Answer for a valid token that is cached, if nothing else is asked for: as nearly always."""
+        """Answer without waiting, if that is possible and nothing else is asked for: as nearly always."""
         query: bytes = scope["query_string"]
         value = bearer(scope) if not query else query[6:] if _is_only_token(query) else None
         digest = None if value is None else values.digest(value)
         if digest is None:
             return None
-        if self._tokens.holds(digest):
+        if self._tokens.can_validate_now(digest):
             return partial(self._answer, digest)
         if query:
             scope[_DIGEST] = digest
         return None
 
-    def _answer(self, digest: bytes) -> tuple[bytes, bytes] | None:
-        token = self._tokens.validate_cached(digest)
-        if token is None:
-            return None
-        self._counts.valid += 1
-        body = _valid(token)
+    def _answer(self, digest: bytes) -> tuple[bytes, bytes]:
+        body = self._body(self._tokens.validate_now(digest))
         return json_headers(len(body)).lines, body
+
+    def _body(self, token: Token | None) -> bytes:
+        if token is None:
+            self._counts.invalid += 1
+            return _INVALID
+        self._counts.valid += 1
+        return b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send whether the token of the query, or else of a header, is valid."""
@@ -105,12 +108,7 @@ class CheckToken(Endpoint):
             set_current_request(scope)
             await error_response(error)(scope, receive, send)
             return
-        if token is None:
-            self._counts.invalid += 1
-            body = _INVALID
-        else:
-            self._counts.valid += 1
-            body = _valid(token)
+        body = self._body(token)
         await send({"type": "http.response.start", "status": 200, "headers": json_headers(len(body))})
         await send({"type": "http.response.body", "body": body})
 
@@ -118,10 +116,6 @@ class CheckToken(Endpoint):
 def _is_only_token(query: bytes) -> bool:
     """Return whether a query is just what can be a token, as in nearly all requests."""
     return len(query) == 70 and query.startswith(b"token=")
-
-
-def _valid(token: Token) -> bytes:
-    return b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
 
 
 class TokenRoutes:
