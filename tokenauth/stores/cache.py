@@ -74,6 +74,8 @@ class TokenCache:
 
     async def look_up(self, digest: bytes) -> Token | None:
         """Look up a token, cached or not, and cache it unless anything was revoked during the look-up."""
+        if self._look_up_now is not None:
+            return self.look_up_now(digest)
         generation = self._generation
         self._looking_up[digest] += 1
         try:

@@ -93,6 +93,7 @@ class JSONResponse(Response):
     It ends with a line break: otherwise a shell's prompt follows on the line on which curl prints it.
     """
 
+    body: bytes
     end: ClassVar[bytes] = b"\n"
 
     def __init__(self, document: object, status: int = 200, headers: RawHeaders = ()) -> None:

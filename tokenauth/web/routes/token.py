@@ -22,13 +22,11 @@ from tokenauth.web.http_context import set_current_request
 from tokenauth.web.logout_tokens import find_logout_tokens
 from tokenauth.web.openapi import NO_NUL, schema_only
 from tokenauth.web.requests import Request, bearer
-from tokenauth.web.responses import JSONResponse, NoStoreResponse, error_response, json_headers
+from tokenauth.web.responses import JSONResponse, error_response, json_headers
 from tokenauth.web.routing import Endpoint, Route, strict
 
 PATH = "/api/token"
 RENEW = f"{PATH}/renew"
-
-_INVALID = b'{"valid":false,"expiry_time":null}\n'
 
 
 class LogInRequest(msgspec.Struct):
@@ -55,6 +53,9 @@ class RenewedAnswer(msgspec.Struct, kw_only=True):
 class LogOutRequest(msgspec.Struct):
     token: str
 
+
+_LOGGED_OUT = JSONResponse(ValidityAnswer(valid=False, expiry_time=None))
+"""A response that all requests can share."""
 
 _log_in_decoder = msgspec.json.Decoder(LogInRequest)
 
@@ -90,7 +91,7 @@ class CheckToken(Endpoint):
     def _body(self, token: Token | None) -> bytes:
         if token is None:
             self._counts.invalid += 1
-            return _INVALID
+            return _LOGGED_OUT.body
         self._counts.valid += 1
         return b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
 
@@ -147,7 +148,7 @@ class TokenRoutes:
     async def log_out(self, request: Request) -> Response:
         tokens = await find_logout_tokens(request)
         await self._tokens.log_out(tokens, request.client_address, request.disconnect_check)
-        return NoStoreResponse(_INVALID, media_type="application/json")
+        return _LOGGED_OUT
 
 
 def _find_token(request: Request) -> bytes:
