@@ -10,6 +10,7 @@ from pathlib import Path
 from time import monotonic
 
 import httpx
+import hypothesis
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from _pytest.runner import runtestprotocol
@@ -19,6 +20,9 @@ from tests.support.history import HandTime, History
 from tests.support.postgres import database, postgres  # noqa: F401 - fixtures, for every test
 from tests.support.servers import HandClock, Server, worker, write_config
 from tests.support.standstill import StandstillWatch
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - pytest and tempfile make private directories there
 

@@ -27,7 +27,7 @@ from tokenauth.stores.tables import metadata
 
 T = TypeVar("T")
 
-SCRIPTS = settings(phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck))
+SCRIPTS = settings(phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
 """For tests of a model with random scripts, each of which takes long. A failing one is not made shorter."""
 
 ENGINE_TESTS = {

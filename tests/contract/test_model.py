@@ -110,7 +110,7 @@ async def live_through(opener: Opener, directory: Path, size: int, script: list[
 
 @pytest.mark.parametrize("name", STORES)
 def test_what_was_removed_is_never_returned(templates: Templates, name: str) -> None:
-    @settings(max_examples=8, deadline=None, database=None)
+    @settings(max_examples=8, database=None)
     @given(st.lists(step, min_size=15, max_size=60), st.integers(1, 4))
     def holds(script: list[Step], size: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:

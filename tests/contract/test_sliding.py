@@ -188,7 +188,7 @@ async def live_through(url: str, idle: int, ttl: int, random: Random) -> None:
 @pytest.mark.parametrize("examples", [2, pytest.param(40, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", STORES)
 def test_a_login_lives_as_long_as_its_uses_say(templates: Templates, name: str, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples, database=None)
     @given(
         st.sampled_from([60, 64, 400, 7200]),
         st.sampled_from([1, 1.1, 3, 12]),

@@ -13,7 +13,7 @@ from tokenauth.server.channel import Channel
 from tokenauth.server.supervisor import Interrupted, Signals
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(messages=st.lists(st.sampled_from([0, 1, 7, 65_536, 1_000_000]).map(lambda size: b"x" * size), max_size=6))
 def test_messages_of_any_size_arrive_whole_and_in_order(messages: list[bytes]) -> None:
     here, there = map(Channel, socket.socketpair())

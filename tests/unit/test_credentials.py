@@ -326,11 +326,15 @@ class Hungry(NamedTuple):
 
     @contextmanager
     def starved(self) -> Iterator[None]:
-        """Limit this process to the memory that it has, and little more."""
+        """Limit this process to the memory that it has, and little more. What other tests have freed is taken, too."""
         was = resource.getrlimit(resource.RLIMIT_AS)
         has = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        taken: list[bytes] = []
         resource.setrlimit(resource.RLIMIT_AS, (has + (16 << 20), was[1]))
         try:
+            with suppress(MemoryError):
+                while True:
+                    taken.append(bytes(32 << 20))
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_AS, was)

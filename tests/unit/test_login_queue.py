@@ -205,7 +205,7 @@ async def test_many_networks_of_one_region_make_room_for_another() -> None:
     assert newcomer.running, "its region has the second turn"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["a", "b", "known"]), st.sampled_from("xyz"), st.integers(0, 2), st.booleans()),

@@ -84,7 +84,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(STEPS, max_size=30))
 def test_own_logins_hide_no_failures_of_others(steps: list[tuple[str, int, int]]) -> None:
     async def run(directory: str) -> None:

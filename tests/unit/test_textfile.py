@@ -275,7 +275,7 @@ USER_TABLES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(PIECES, min_size=1, max_size=5, unique=True), USER_TABLES, st.booleans(), st.booleans())
 def test_an_edit_changes_no_other_line(
     tmp_path_factory: pytest.TempPathFactory,

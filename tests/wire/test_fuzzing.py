@@ -32,7 +32,6 @@ def fuzz(server: Server, number: int, count: int) -> None:
     @settings(
         max_examples=count,
         database=None,
-        deadline=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )

@@ -177,7 +177,7 @@ def request_bytes(endpoint: str, kind: str, authorization: str | None, body: byt
     return f"{head}\r\n".encode("latin-1") + body
 
 
-@hypothesis_settings(max_examples=120, deadline=None)
+@hypothesis_settings(max_examples=120)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, authorization=headers, body=bodies)
 def test_random_input_without_a_client_gets_an_error(
     kept: KeptConnection, endpoint: str, kind: str, authorization: str | None, body: bytes
@@ -189,7 +189,7 @@ def test_random_input_without_a_client_gets_an_error(
     assert answer.headers["cache-control"] == "no-store"
 
 
-@hypothesis_settings(max_examples=80, deadline=None)
+@hypothesis_settings(max_examples=80)
 @given(endpoint=st.sampled_from(ENDPOINTS), kind=kinds, in_form=st.booleans(), form=fields, junk=st.binary(max_size=20))
 def test_random_input_of_a_client_grants_no_extra_scope(
     kept: KeptConnection, endpoint: str, kind: str, in_form: bool, form: dict[str, str], junk: bytes

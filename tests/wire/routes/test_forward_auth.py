@@ -172,7 +172,7 @@ def typos(word: str) -> st.SearchStrategy[str]:
 
 
 def test_a_mistyped_query_never_skips_the_scope_check(connection: Connection, ann: str) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(typos("scope"), st.sampled_from(["", "scope=read&", "&"]), st.sampled_from(["", "&scope=read", "&path=/x"]))
     def check(name: str, before: str, after: str) -> None:
         assert ask(connection, f"?{before}{name}=admin{after}", X_Token=ann).status == 403
@@ -192,7 +192,7 @@ def lookalikes(word: str) -> st.SearchStrategy[str]:
 
 
 def test_a_lookalike_of_scope_after_path_is_403(connection: Connection, ann: str) -> None:
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100, derandomize=True)
     @given(lookalikes("scope"), st.sampled_from(["", "s", "[]", "\uff3b\uff3d"]), st.sampled_from(["", "scope=read&"]))
     def check(name: str, after: str, before: str) -> None:
         if name + after != "scope":
@@ -212,7 +212,7 @@ VALUES = st.binary(max_size=100) | st.sampled_from([b"Bearer ", b"Bearer " + b"a
 def test_no_random_headers_are_let_through(server: Server) -> None:
     """Random names and values, malformed ones too, get 401."""
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(st.lists(st.tuples(NAMES, VALUES), max_size=6), st.sampled_from(["", "?scope=read", "?scope=admin"]))
     def check(headers: list[tuple[str, bytes]], query: str) -> None:
         clean = [(name.encode(), value) for name, value in headers if name.lower() not in FRAMING]

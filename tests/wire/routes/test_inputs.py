@@ -277,7 +277,7 @@ queries = (
 )
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(
     method=st.sampled_from(METHODS),
     route=st.sampled_from(ROUTES),
@@ -295,7 +295,7 @@ def test_no_bytes_make_a_5xx_or_open_a_guarded_route(
     assert not (route.startswith(("/api/me", "/api/tokens", "/api/pools")) and status < 300)
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(junk=st.binary(min_size=1))
 def test_random_bytes_on_a_socket_are_400(server: Server, junk: bytes) -> None:
     assert first_status(server.port, junk + b"\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") in {200, 400}

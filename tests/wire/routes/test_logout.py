@@ -174,7 +174,7 @@ def connection(server: Server) -> Iterator[Connection]:
 def test_no_log_out_leaves_a_token_alive(connection: Connection) -> None:
     """Over a socket, with a sample of the combinations."""
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(*(st.sampled_from(list(some)) for some in (CUTS, TEXTS, CHARSETS, ENCODINGS)), st.booleans())
     def check(cut: str, form: str, charset: str, encoding: str, chunked: bool) -> None:
         token = connection.log_in()

@@ -91,7 +91,7 @@ def typos(name: str) -> st.SearchStrategy[str]:
 
 
 def test_an_unknown_field_is_400_and_changes_nothing(scene: Scene) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(st.sampled_from(list(BODIES)).flatmap(lambda route: st.tuples(st.just(route), _typo(BODIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
         (method, path), (name, typo) = found
@@ -103,7 +103,7 @@ def test_an_unknown_field_is_400_and_changes_nothing(scene: Scene) -> None:
 
 
 def test_an_unknown_parameter_is_400_and_changes_nothing(scene: Scene) -> None:
-    @settings(max_examples=50, deadline=None, derandomize=True)
+    @settings(max_examples=50, derandomize=True)
     @given(st.sampled_from(list(QUERIES)).flatmap(lambda route: st.tuples(st.just(route), _typo(QUERIES[route]))))
     def check(found: tuple[tuple[str, str], tuple[str, str]]) -> None:
         (method, path), (name, typo) = found
@@ -119,7 +119,7 @@ def test_an_unexpected_body_is_400_and_changes_nothing(scene: Scene) -> None:
     """Otherwise `{"keep": "current"}` would end all logins, and `{"user": "bob"}` those of the admin."""
     bodies = [b'{"keep": "current"}', b'{"user": "bob"}', b"keep=current", b"[]", b"null", b"\0", b"x" * 100_000]
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(st.sampled_from([route for route in QUERIES if route not in BODIES]), st.sampled_from(bodies), st.booleans())
     def check(route: tuple[str, str], body: bytes, chunked: bool) -> None:
         answer = scene.send(*route, body, chunked)
