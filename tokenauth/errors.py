@@ -13,6 +13,10 @@ class CopyError(Exception):
     """A database cannot be copied to another. The text says why and what to do."""
 
 
+class MustWait(Exception):
+    """What was asked for cannot be found out without waiting."""
+
+
 class Refusal(Exception):
     """A request that is refused. `code` is for programs, the text for people.
 

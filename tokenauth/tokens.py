@@ -11,7 +11,7 @@ from tokenauth.addresses import network
 from tokenauth.background import Background
 from tokenauth.clock import Clock
 from tokenauth.credentials import Candidate, Credentials
-from tokenauth.errors import ClientGone, RetryLater, StoreUnavailable, UnknownToken
+from tokenauth.errors import ClientGone, MustWait, RetryLater, StoreUnavailable, UnknownToken
 from tokenauth.login_queue import DisconnectCheck, never_disconnected
 from tokenauth.logs import log, safe_traceback
 from tokenauth.models import (
@@ -28,7 +28,6 @@ from tokenauth.models import (
 )
 from tokenauth.revocation_queue import RevocationQueue, logged_revocation
 from tokenauth.settings.model import TokenSettings
-from tokenauth.stores.cache import MustWait
 from tokenauth.stores.store import Store
 from tokenauth.token_uses import Uses
 

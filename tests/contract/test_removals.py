@@ -9,8 +9,9 @@ import pytest
 
 from tests.contract.conftest import Place, Places, token
 from tests.support.servers import START
+from tokenauth.errors import MustWait
 from tokenauth.models import Token
-from tokenauth.stores.cache import MustWait, TokenCache
+from tokenauth.stores.cache import TokenCache
 from tokenauth.stores.engine import Engine
 from tokenauth.stores.store import TokenStore
 

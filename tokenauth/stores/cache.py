@@ -4,15 +4,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 
-from tokenauth.errors import StoreUnavailable
+from tokenauth.errors import MustWait, StoreUnavailable
 from tokenauth.models import Token
 from tokenauth.stores.engine import Feed
 
 _NOTHING: dict[bytes, Token] = {}
-
-
-class MustWait(Exception):
-    """A token must be looked up, which waits."""
 
 
 class TokenCache:
