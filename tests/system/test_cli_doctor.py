@@ -239,6 +239,10 @@ def test_a_certificate_is_examined(tmp_path: Path) -> None:
     code, found = examined(tmp_path)
     assert (code, found["certificate"]["status"]) == (1, "error")
     assert found["certificate"]["text"] == "clients refuse it: certificate has expired"
+    checked = output(run(tmp_path, "check")).splitlines()
+    assert checked[0] == (
+        "warning: server.tls_certificate: clients refuse it: certificate has expired; renew it, then reload"
+    )
     assert found["certificate"]["line"] == 5
     year_zero = tmp_path / "zero"
     year_zero.mkdir()
@@ -376,6 +380,7 @@ def test_a_clock_that_was_set_back_is_an_error(home: Path) -> None:
     code, found = examined(home)
     assert (code, found["clock"]["status"]) == (1, "error")
     assert "behind the latest time in the database" in found["clock"]["text"]
+    assert "; if it is right now, it was ahead before, and you can only wait" in found["clock"]["fix"]
 
 
 def test_a_database_that_does_not_exist_is_not_made(tmp_path: Path) -> None:

@@ -480,6 +480,8 @@ def test_the_end_of_the_certificate_is_a_metric(tmp_path: Path, one: Certificate
     copy(make_expired(tmp_path), shown)
     with serve(write_config(tmp_path, f"{SETTINGS}[server]\n{shown.settings()}")) as server:
         scraper = Scraper(server)
+        refused = server.wait("certificate_refused")
+        assert (refused["reason"], refused["action"]) == ("certificate has expired", "renew it, then reload")
         before = scraper.value("tls_certificate_expiry_timestamp_seconds")
         assert before is not None
         assert before < time.time()
@@ -487,6 +489,7 @@ def test_the_end_of_the_certificate_is_a_metric(tmp_path: Path, one: Certificate
         assert scraper.value("tls_certificate_expiry_timestamp_seconds") == before
         server.process.send_signal(signal.SIGHUP)
         server.wait("reloaded")
+        assert server.events("certificate_refused") == [refused]
         after = scraper.value("tls_certificate_expiry_timestamp_seconds")
         assert after is not None
         assert after > time.time()

@@ -222,10 +222,10 @@ def _certificate(text: str, settings: ServerSettings) -> Finding:
         assert pair is not None
     except ConfigError as error:
         return _finding("error", "certificate", str(error), _line(text, str(error)))
-    found, line, fix = tls.Validity(pair), find_line(text, "server.tls_certificate"), "renew it, then reload"
+    found, line, fix = tls.Validity(pair), find_line(text, "server.tls_certificate"), tls.RENEW
     if found.until is None:
         return Finding("warning", "certificate", f"its names and its end cannot be read: {found.problem}", line=line)
-    if found.problem:
+    if found.refused:
         return Finding("error", "certificate", f"clients refuse it: {found.problem}", fix, line)
     names = f"it is for {', '.join(found.names) or 'no name'}, until {found.until:%Y-%m-%d %H:%M} UTC"
     served = _served_until(settings) if not settings.socket and _is_tokenauth(settings) else None
@@ -444,7 +444,8 @@ def _clock(report: DatabaseReport) -> Finding:
     if report.written_at is not None and report.written_at > now + report.clock_ahead + _SKEW:
         seconds = round(report.written_at - now)
         text = f"it is {seconds} s behind the latest time in the database, which is used until the clock catches up"
-        return Finding("error", "clock", text, "correct the clock, for example with NTP")
+        fix = "correct the clock, for example with NTP; if it is right now, it was ahead before, and you can only wait"
+        return Finding("error", "clock", text, fix)
     if abs(report.clock_ahead) > _SKEW:
         text = f"that of the database's machine differs by {report.clock_ahead:+.0f} s"
         return Finding("warning", "clock", text, "run NTP on both")

@@ -121,7 +121,7 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
             risks = find_risks(settings, service.passwords, path)
             check_address(settings.server)
             check_accepted(settings, risks)
-            tls.read(settings.server)
+            pair = tls.read(settings.server)
             check_files(settings.database)
     except ConfigError as error:
         mistake = error
@@ -131,6 +131,10 @@ def check(config_file: str | None, as_json: bool, deep: bool) -> None:
     else:
         for risk in risks:
             click.echo(printable(f"risk: {risk.name}: {risk.text}"))
+        if mistake is None and pair is not None and (validity := tls.Validity(pair)).refused:
+            click.echo(
+                printable(f"warning: server.tls_certificate: clients refuse it: {validity.problem}; {tls.RENEW}")
+            )
         if mistake is None and (problem := find_problem(settings.audit)):
             click.echo(printable(f"warning: audit log: {problem}"))
     if mistake is not None:

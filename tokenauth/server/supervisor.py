@@ -45,7 +45,7 @@ from tokenauth.server.control import Address, Command, Control, ReloadAnswer
 from tokenauth.server.listener import stop_handshakes
 from tokenauth.server.service_manager import ServiceManager
 from tokenauth.server.terminal import Terminal
-from tokenauth.server.tls import KeyPair, Validity
+from tokenauth.server.tls import RENEW, KeyPair, Validity
 from tokenauth.server.totals import Totals
 from tokenauth.settings.differences import find_differences
 from tokenauth.settings.model import Settings
@@ -828,8 +828,13 @@ class Supervisor:
 
     def _use_certificate(self, certificate: KeyPair | None) -> None:
         self._certificate = certificate
-        until = None if certificate is None else Validity(certificate).until
-        self._totals.certificate_until = None if until is None else until.timestamp()
+        self._totals.certificate_until = None
+        if certificate is not None:
+            found = Validity(certificate)
+            if found.until is not None:
+                self._totals.certificate_until = found.until.timestamp()
+            if found.refused:
+                log.warning("certificate_refused", reason=found.problem, action=RENEW)
 
     def _finish_reload(self) -> None:
         """Say that the new configuration is in use, once no replaced worker takes a request any more."""

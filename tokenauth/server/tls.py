@@ -32,6 +32,9 @@ _PRIVATE_KEY = re.compile(
 _MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 """What OpenSSL says of a key that belongs to another certificate. The last one: of another kind."""
 
+RENEW = "renew it, then reload"
+"""What to do about a certificate that clients refuse, or will refuse soon."""
+
 _RESTORE = "copy the whole file again, or renew certificate and key"
 _RENEW = "renew both, with an RSA key of at least 2,048 bits or an elliptic one (P-256)"
 
@@ -181,6 +184,11 @@ class Validity:
             self._find_out(pair)
         except (OSError, ValueError, KeyError) as error:  # ssl.SSLError is an OSError
             self.problem = str(error)
+
+    @property
+    def refused(self) -> bool:
+        """Whether clients refuse it, whatever issuers they trust."""
+        return self.until is not None and self.problem != ""
 
     def _find_out(self, pair: KeyPair) -> None:
         """Do a handshake in memory, in which the certificate itself is the one that is trusted."""
