@@ -2,14 +2,16 @@
 
 import asyncio
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.journal import until
 from tests.support.pool_users import PoolUser
 from tests.support.servers import Server
-from tests.wire.client.sites import site
+from tests.wire.client.sites import Answer, Seen, site
 from tests.wire.client_pools.clients import Connect, Watch
 from tokenauth import errors
 from tokenauth.client import AsyncPoolClient, PoolClient
@@ -38,6 +40,33 @@ def test_a_redirect_takes_no_token_elsewhere(connect: Connect) -> None:
             raise AssertionError("there is no lease")
         assert home.paths() == ["POST /api/pools/permit/leases"]
         assert elsewhere.seen == []
+
+
+class _Done:
+    """What a hook returns: an AsyncClient awaits it, and a Client ignores it."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
+def test_an_error_of_a_hook_does_not_show_the_token(connect: Connect, watch: Watch) -> None:
+    """A keep-alive has the token in its URL, and that is in the text of an HTTPStatusError."""
+    grant = b'{"token": "%b", "holder": "ann", "fence": 1, "expires_in": 9}' % VALUE.encode()
+
+    def answer(request: Seen) -> Answer:
+        watch.advance(2)  # it was waited for, so the client keeps it alive before it uses it
+        return (201, {}, grant) if request.method == "POST" else (502, {}, b"")
+
+    def check(response: httpx.Response) -> _Done:
+        response.raise_for_status()
+        return _Done()
+
+    with site(answer) as home:
+        client = connect(home.url, monotonic=watch, event_hooks={"response": [check]})
+        with pytest.raises(errors.IssuerUnavailable) as refused, client.lease("permit", wait=1):
+            raise AssertionError("there is no lease")
+        assert VALUE in "".join(home.paths())
+    assert VALUE not in "".join(traceback.format_exception(refused.value))
 
 
 async def test_many_that_wait_do_not_hold_up_a_release(
