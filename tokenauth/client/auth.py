@@ -28,6 +28,12 @@ _Step: TypeAlias = httpx.Request | Future[_Outcome] | None
 _Reply: TypeAlias = httpx.Response | BaseException | None
 """What came of a step."""
 
+_PAUSE = 10.0
+"""Seconds for which a 401 causes no login after one that a new token did not change, or that was not repeated.
+
+A service may have its own reasons for a 401: each request would cost a login.
+"""
+
 
 class TokenAuth(httpx.Auth):
     """Logs in at tokenauth and sends the token with each request of an httpx client.
@@ -43,6 +49,7 @@ class TokenAuth(httpx.Auth):
 
     The first request logs in, and so does the next one after the token has expired. If a request gets 401, TokenAuth
     logs in again and repeats it once. A request whose body cannot be sent twice is not repeated: the next one logs in.
+    If a new token gets 401 too, a 401 of that origin causes no login for 10 seconds.
 
     When several requests need a token at the same time, one of them logs in. If that fails, all of them raise
     `InvalidCredentials`, `TooManyAttempts` or `IssuerUnavailable` of `tokenauth.errors`. A request waits for the login
@@ -83,6 +90,8 @@ class TokenAuth(httpx.Auth):
         self._clock = clock
         self._lock = threading.Lock()
         self._login: issuer.LoginBody | None = None
+        self._paused_until: dict[str, float] = {}
+        """By origin: until then, a 401 is not taken to be about the token."""
         self._pending: dict[tuple[int, str], Future[_Outcome]] = {}
         """The login in progress: by process, since none ends in a fork, and among threads and among tasks: neither
         can wait for the other."""
@@ -140,19 +149,25 @@ class TokenAuth(httpx.Auth):
 
     def _steps(self, request: httpx.Request, kind: str) -> Generator[_Step, _Reply, None]:
         """Run the flow of one request, for both kinds of clients. Each step is sent the reply to it."""
-        self._check_origin(request.url)
+        origin = self._check_origin(request.url)
         refused = None
         while (token := (yield from self._obtain(request, kind, refused))) is not None:
             reply = yield self._sign(request, token)
             response = reply.response if isinstance(reply, httpx.HTTPStatusError) else reply
-            if refused is not None or not isinstance(response, httpx.Response) or response.status_code != 401:
+            if not isinstance(response, httpx.Response) or response.status_code != 401:
                 break
             if response.request is not request and not self._bearer:
                 break  # after a redirect, which does not carry the token along
-            if response is not reply or not isinstance(request.stream, httpx.ByteStream):
+            now = self._clock()
+            if 0 < self._paused_until.get(origin, now) - now <= _PAUSE:
+                break  # a new token did not help
+            if refused is None and response is reply and isinstance(request.stream, httpx.ByteStream):
+                refused = token
+                continue
+            self._paused_until[origin] = now + _PAUSE
+            if refused is None:
                 self._drop(token)
-                break
-            refused = token
+            break
         yield None
 
     def _obtain(self, request: httpx.Request, kind: str, refused: str | None) -> Generator[_Step, _Reply, str | None]:
@@ -215,14 +230,14 @@ class TokenAuth(httpx.Auth):
             request.headers = _HeadersWithToken(request.headers, token)
         return request
 
-    def _check_origin(self, url: httpx.URL) -> None:
-        """Raise ValueError for an origin that must not receive the token."""
+    def _check_origin(self, url: httpx.URL) -> str:
+        """Return the origin of a URL. Raises ValueError if it must not receive the token."""
         origin, home = _origin(url), _origin(self._url)
         with self._lock:
             if self._origins is None and origin != home:
                 self._origins = {origin, home}
             if origin == home or (self._origins is not None and origin in self._origins):
-                return
+                return origin
         raise ValueError(f"TokenAuth has no token for {origin}: name it in `origins` if it may receive one.")
 
     def _drop(self, token: str) -> None:
