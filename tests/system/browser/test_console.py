@@ -431,6 +431,26 @@ def test_a_manager_reserves_ends_and_takes_over(page: Page, server: Server, clie
     assert [event.get("reason") for event in server.events("lease_forced")[before:]] == ["stuck", None]
 
 
+def test_a_late_answer_to_a_log_out_keeps_the_next_login(page: Page, server: Server, client: httpx.Client) -> None:
+    enter(page, server)
+    held: list[tuple[Route, APIResponse]] = []
+    page.route("**/api/token", lambda route: held.append((route, route.fetch())), times=1)
+    page.get_by_role("banner").get_by_role("button", name="Log out").click()
+    expect(page.get_by_text("Logging out…")).to_be_visible()
+    with page.expect_response(lambda answer: answer.request.method == "POST") as answered:
+        fill_in(page, "bob", "bob-secret")
+    token = answered.value.json()["token"]
+    expect(page.get_by_role("banner")).to_contain_text("bob")
+    with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+        for route, answer in held:
+            route.fulfill(response=answer)
+    page.get_by_role("link", name="Pools").click()
+    expect(page.get_by_role("link", name="phones")).to_be_visible()
+    page.get_by_role("banner").get_by_role("button", name="Log out").click()
+    expect(page.get_by_text("You are logged out.")).to_be_visible()
+    assert not probe(client, token)
+
+
 def test_a_login_that_ended_asks_again_at_the_same_place(page: Page, server: Server, client: httpx.Client) -> None:
     enter(page, server, view="#pools/phones")
     expect(row(page, "Members", "pixel-8")).to_be_visible()

@@ -173,11 +173,9 @@ export async function renew() {
   }
 }
 
-/** End the token of this page. Whether the service can be reached or not, the page forgets it. */
+/** Forget the token of this page, and end it. A late answer says nothing about the next login. */
 export async function logOut() {
-  try {
-    await call("DELETE", "api/token");
-  } finally {
-    token = null;
-  }
+  const ended = token;
+  token = null;
+  await call("DELETE", "api/token", undefined, ended);
 }

@@ -93,14 +93,14 @@ function App() {
       location.assign(`logout?rd=${encodeURIComponent(location.href.split("#")[0])}`);
       return;
     }
-    stop();
+    setNote("Logging out…");
+    setMe(null);
     try {
       await logOut();
       setNote("You are logged out.");
     } catch {
       setNote("tokenauth did not answer, so your login goes on until it expires. End it when tokenauth is back.");
     }
-    setMe(null);
   };
   if (error) {
     return html`<${Banner} /><main class="narrow"><h1 tabindex="-1">Console</h1><${Problem} error=${error} retry=${begin} /></main>`;
