@@ -13,7 +13,8 @@ from playwright.sync_api import APIResponse, BrowserContext, ConsoleMessage, Loc
 from tests.support.journal import until
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster
-from tests.support.servers import Server, log_in, probe, serve, write_config
+from tests.support.servers import USERS, Server, log_in, probe, serve, write_config
+from tests.system.browser.sites import put
 from tests.system.browser.test_login_page import violations
 from tests.system.test_cli import output, run
 from tests.unit.test_values import VALUE, WRITTEN
@@ -62,10 +63,11 @@ new MutationObserver(() => {
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.faults)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run a service with a login page, whose clock is that of the browser."""
+    """Run a service with a login page, whose clock is that of the browser. bob has the scopes of ann."""
     directory: Path = tmp_path_factory.mktemp(request.param)
     port = free_port()
-    config = write_config(directory, f'[browser]\nurl = "http://localhost:{port}"\n{SETTINGS}')
+    users = put(USERS, 'username = "bob"', 'username = "bob"\nscopes = ["read", "write"]')
+    config = write_config(directory, f'[browser]\nurl = "http://localhost:{port}"\n{SETTINGS}', users)
     if request.param == "postgres":
         cluster: Cluster = request.getfixturevalue("postgres")
         url = cluster.create(directory.name)
@@ -172,6 +174,19 @@ def test_the_login_page_leads_back_to_the_same_place(page: Page, server: Server,
     expect(page).to_have_url(console(server))
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
     assert not probe(client, token)
+
+
+def test_another_user_of_the_cookie_gets_a_new_page(page: Page, server: Server, client: httpx.Client) -> None:
+    """What the user before had opened is gone: it would act for another user than the page shows."""
+    page.goto(f"http://localhost:{server.port}/login?rd={quote(console(server))}")
+    fill_in(page)
+    _show(page, False)
+    page.get_by_role("button", name="New named token").click()
+    bob = log_in(client, "bob", "bob-secret")
+    page.context.add_cookies([{"name": "tokenauth", "value": bob, "url": console(server)}])
+    _show(page, True)
+    expect(page.get_by_role("banner")).to_contain_text("bob")
+    expect(page.get_by_role("dialog")).to_have_count(0)
 
 
 def test_a_wrong_password_and_a_wrong_token_are_said(page: Page, server: Server, client: httpx.Client) -> None:

@@ -75,9 +75,9 @@ function App() {
     if (!me) return undefined;
     const look = async () => {
       const found = await whoAmI().catch(() => null);
-      if (found && found.scopes.join() !== me.scopes.join()) setMe(found);
+      if (found && (found.id !== me.id || found.scopes.join() !== me.scopes.join())) setMe(found);
     };
-    const unsubscribe = subscribe(["hello"], look, { always: false });
+    const unsubscribe = subscribe(["hello"], look);
     start();
     return () => {
       unsubscribe();
@@ -107,7 +107,8 @@ function App() {
   }
   if (me === undefined) return html`<main class="narrow"><h1 tabindex="-1">Console</h1><p class="soft loading" role="status">Loading…</p></main>`;
   if (me === null) return html`<${LogIn} entered=${entered} note=${note} />`;
-  return html`<${Shell} me=${me} logOut=${leave} />`;
+  // Another tab may have replaced the login of the cookie: its user must get nothing that was meant for this one.
+  return html`<${Shell} key=${me.id} me=${me} logOut=${leave} />`;
 }
 
 /** A view. If it fails, the others go on. */
