@@ -352,6 +352,38 @@ def test_a_refused_action_keeps_the_focus_and_says_why(page: Page, server: Serve
     expect(page.get_by_role("button", name="New named token")).to_be_focused()
 
 
+def test_a_dialog_stays_until_what_it_sent_is_answered(page: Page, server: Server, client: httpx.Client) -> None:
+    """Neither Escape nor Cancel loses a value that is shown only once, and the focus is on it."""
+    enter(page, server)
+    page.get_by_role("button", name="New named token").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Name").fill("nightly")
+    held: list[tuple[Route, APIResponse]] = []
+    page.route("**/api/tokens", lambda route: held.append((route, route.fetch())), times=1)
+    with page.expect_request(lambda request: request.method == "POST"):
+        dialog.get_by_role("button", name="Make token").press("Enter")
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_disabled()
+    for _ in range(2):
+        page.keyboard.press("Escape")
+    dialog.get_by_role("button", name="Cancel").dispatch_event("click")
+    for route, answer in held:
+        route.fulfill(response=answer)
+    expect(dialog.get_by_label("Token nightly")).to_be_focused()
+    assert probe(client, dialog.get_by_label("Token nightly").input_value())
+    confirm(page, "Done")
+
+
+def test_enter_twice_ends_nothing(page: Page, server: Server, client: httpx.Client) -> None:
+    ann = {"X-Token": log_in(client, "ann", "ann-secret")}
+    client.post("/api/pools/phones/leases", json={"labels": ["android"]}, headers=ann)
+    enter(page, server, "admin", "admin", "#pools/phones")
+    row(page, "Members", "pixel-8").get_by_role("button", name="End the lease").press("Enter")
+    expect(page.get_by_role("dialog").get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(row(page, "Members", "pixel-8")).to_contain_text("ann")
+
+
 DISTANCES = {
     0.4: "now",
     -1: "1 second ago",

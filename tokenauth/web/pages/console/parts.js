@@ -168,19 +168,21 @@ function Dialog({ title, text, content, fields, action, danger, run, close }) {
     }
     setBusy(false);
   };
-  // What is shown only once is not lost by Escape, also not by two of them, which no page can prevent.
-  const closed = () => (result ? element.current.showModal() : close());
+  useEffect(() => void (result && element.current.querySelector("input, button").focus()), [result]);
+  const cancel = () => busy || close();
+  // What is shown only once, or will be, is not lost by Escape, also not by two of them, which no page can prevent.
+  const closed = () => (busy || result ? element.current.showModal() : close());
   return html`<dialog ref=${element} aria-labelledby="dialog-title" onClose=${closed}>
     <h2 id="dialog-title">${title}</h2>
     ${result
-      ? html`${result}<div class="buttons"><button class="main" autofocus onClick=${close}>Done</button></div>`
+      ? html`${result}<div class="buttons"><button class="main" onClick=${close}>Done</button></div>`
       : html`<form onSubmit=${submit}>
           ${text && html`<p>${text}</p>`}
           ${content}
           ${fields.map((field) => html`<${Field} key=${field.name} ...${field} />`)}
           ${error && html`<${Problem} error=${error} />`}
           <div class="buttons">
-            <button type="button" onClick=${close}>Cancel</button>
+            <button type="button" autofocus=${danger} aria-disabled=${busy} onClick=${cancel}>Cancel</button>
             <button class=${danger ? "main danger" : "main"} aria-disabled=${busy}>${action}</button>
           </div>
         </form>`}
