@@ -569,6 +569,50 @@ def test_old_numbers_are_gray_and_have_a_time(page: Page, tmp_path: Path) -> Non
             page.get_by_role("link", name="Health").click()
 
 
+@pytest.mark.parametrize(
+    ("status", "content_type", "body"),
+    [
+        (200, "text/html", "<p>Accept the terms"),
+        (401, "text/html", "<h1>Authorization Required</h1>"),
+        (502, "application/json", '{"message": "Bad gateway"}'),
+    ],
+    ids=str,
+)
+def test_the_answer_of_a_proxy_is_an_outage(
+    page: Page, server: Server, status: int, content_type: str, body: str
+) -> None:
+    """It neither ends the login nor says that a password is wrong."""
+    enter(page, server)
+    page.route("**/api/**", lambda route: route.fulfill(status=status, content_type=content_type, body=body))
+    page.get_by_role("link", name="Pools").click()
+    expect(page.get_by_role("alert")).to_contain_text("tokenauth does not answer.")
+    page.unroute("**/api/**")
+    page.get_by_role("alert").get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("link", name="phones")).to_be_visible()
+
+
+def test_one_address_that_fails_is_not_asked_all_the_time(page: Page, server: Server) -> None:
+    """The others that answer do not say that the service is back."""
+    page.route("**/api/leases", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
+    enter(page, server)
+    times = asked(page, "api/leases", 4)
+    assert times[3] - times[0] > 3_000
+    banner = page.get_by_text("tokenauth does not answer.", exact=True)
+    expect(banner).to_be_visible()
+    page.unroute("**/api/leases")
+    expect(banner).to_have_count(0)
+
+
+def asked(page: Page, address: str, number: int) -> list[float]:
+    """Wait until the page has asked for an address this often, and return when it did, in milliseconds."""
+    found = """([address, number]) => {
+      const times = performance.getEntriesByType("resource").filter(({ name }) => name.includes(address));
+      return times.length >= number && times.map(({ startTime }) => startTime);
+    }"""
+    times: list[float] = page.wait_for_function(found, arg=[address, number]).json_value()
+    return times
+
+
 def test_it_works_below_a_prefix_of_a_proxy(page: Page, server: Server) -> None:
     def forward(route: Route) -> None:
         if route.request.url.endswith("/api/events"):  # a stream, which `fetch` would read to its end
@@ -721,6 +765,23 @@ def test_the_health_view_shows_what_happens(page: Page, server: Server, client: 
     before = page.get_by_role("img", name=re.compile("^Logins:")).get_attribute("aria-label")
     log_in(client, "ann", "ann-secret")
     expect(page.get_by_role("img", name=before or "", exact=True)).to_have_count(0, timeout=15_000)
+
+
+def test_what_changes_before_the_events_begin_is_shown(page: Page, server: Server, client: httpx.Client) -> None:
+    """They are of what changes after the stream has begun, which may take a while."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/api/events", hold, times=1)
+    enter(page, server, view="#pools/phones")
+    asked(page, "api/pools/phones?", 2)
+    bob = {"X-Token": log_in(client, "bob", "bob-secret")}
+    client.post("/api/pools/phones/leases", json={"holder": "ci-9", "labels": ["android"]}, headers=bob)
+    for route in held:
+        route.continue_()
+    expect(row(page, "Members", "ci-9")).to_be_visible(timeout=15_000)
 
 
 def test_news_are_shown_at_once(page: Page, server: Server, client: httpx.Client) -> None:

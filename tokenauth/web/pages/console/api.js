@@ -3,10 +3,12 @@
 
 const HEADER = "X-Tokenauth-Console"; // with it, the API accepts the login page's cookie from this page
 const TIMEOUT = 20_000;
+const WRONG_PASSWORD = { error: "invalid_credentials", error_description: "The user name or the password is wrong." };
 
 let token = null;
 let ahead = 0; // seconds by which the server's clock is ahead of this one
 let online = true;
+let failures = 0; // requests without an answer
 const listeners = new Set();
 
 /** The service did not answer, or something in front of it answered instead. */
@@ -24,7 +26,10 @@ export class Refused extends Error {
   }
 }
 
-/** Call `listener` with "online", "offline" and "ended" (the login is over). Returns how to stop that. */
+/**
+ * Call `listener` with "offline" (a request had no answer), "online" (a later one has) and "ended" (the login is over).
+ * Returns how to stop that.
+ */
 export function onChange(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
@@ -34,11 +39,17 @@ function notify(event) {
   listeners.forEach((listener) => listener(event));
 }
 
-function setOnline(now) {
-  if (online !== now) {
-    online = now;
-    notify(now ? "online" : "offline");
-  }
+function setOffline() {
+  online = false;
+  failures += 1;
+  notify("offline");
+}
+
+/** `before`: the failures before the request that was answered. One that went beside it may have failed since. */
+function setOnline(before) {
+  if (online || before !== failures) return;
+  online = true;
+  notify("online");
 }
 
 /** Unix seconds by the server's clock: the times that it sends are compared with this. */
@@ -78,7 +89,7 @@ export async function send(method, address, options = {}) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    setOnline(false);
+    setOffline();
     throw new Offline();
   }
   const date = Date.parse(answer.headers.get("Date"));
@@ -89,34 +100,33 @@ export async function send(method, address, options = {}) {
 /** Send a request, and return the document of the answer. Throws Refused or Offline. `as`: see `send`. */
 export async function call(method, address, body, as) {
   const sent = token;
+  const before = failures;
   const answer = await send(method, address, { body, as });
-  if (answer.status === 204) {
-    setOnline(true);
-    return null;
+  const document = await read(answer);
+  if (answer.ok ? document === undefined : !document?.error_description) {
+    setOffline(); // a proxy answers in place of the service, or the answer was cut off
+    throw new Offline();
   }
-  const text = await answer.text().catch(() => "");
-  let document = null;
-  try {
-    document = JSON.parse(text);
-  } catch {
-    if (answer.status !== 401) {
-      setOnline(false); // a proxy answers in place of the service, or the answer was cut off
-      throw new Offline();
-    }
-  }
-  setOnline(true);
+  setOnline(before);
   if (answer.ok) return document;
   // A refused login, another token, and an answer to an earlier login say nothing about this one.
-  const ended = answer.status === 401 && as === undefined && (method !== "POST" || address !== "api/token") && sent === token;
-  if (ended) {
+  if (answer.status === 401 && document !== WRONG_PASSWORD && as === undefined && sent === token) {
     token = null;
     notify("ended");
   }
-  throw new Refused(
-    answer.status,
-    document?.error ?? "invalid_credentials",
-    document?.error_description ?? "The user name or the password is wrong.",
-  );
+  throw new Refused(answer.status, document.error, document.error_description);
+}
+
+/** Return the document of an answer; undefined if it has none. */
+async function read(answer) {
+  if (answer.status === 204) return null;
+  const text = await answer.text().catch(() => "");
+  if (answer.status === 401 && text === "invalid credentials") return WRONG_PASSWORD;
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
 }
 
 /** Return who is logged in, by the token or by the login page's cookie, or null. */

@@ -165,7 +165,7 @@ function Banner() {
   useEffect(
     () =>
       onChange((event) => {
-        if (event === "offline") setSince(now());
+        if (event === "offline") setSince((before) => before ?? now());
         if (event === "online") {
           setSince(null);
           checkVersion();

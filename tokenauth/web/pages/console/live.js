@@ -5,7 +5,7 @@ import { Offline, now, onChange, renew, send } from "./api.js";
 
 const POLL = 5_000;
 const UPKEEP = 30_000; // what ends by itself, such as a lease, may come without an event
-const AGAIN = 60_000; // until a stream that the service does not offer is tried again
+const AGAIN = 60_000; // until a stream that the service refuses is tried again
 const RENEWAL = 60; // seconds: reading keeps no login alive, and what the person does is a use
 const SILENCE = 40_000; // a stream has a line every 15 seconds
 
@@ -13,6 +13,7 @@ const readers = new Set();
 let stopped = new AbortController();
 let streaming = false;
 let readAt = 0;
+let failed = false; // since then, something could not be read
 
 /** Call `read` when something of these topics has changed: "tokens", "pool", "pool:NAME", "throttle", "status";
  * "hello" (a stream begins, or the scopes of the user have changed), "reconnected". `always`: also when everything is
@@ -26,6 +27,7 @@ export function subscribe(topics, read, { always = true } = {}) {
 /** Have everything read again. */
 export function readAll() {
   readAt = now();
+  failed = false;
   readers.forEach((reader) => reader.always && reader.read());
 }
 
@@ -40,7 +42,7 @@ export function start() {
   const { signal } = stopped;
   follow(signal);
   const timer = setInterval(() => {
-    const due = (streaming ? UPKEEP : POLL) / 1000;
+    const due = (streaming && !failed ? UPKEEP : POLL) / 1000;
     if (!document.hidden && now() - readAt >= due) readAll();
   }, 1000);
   const readWhenShown = () => document.hidden || readAll();
@@ -54,7 +56,7 @@ export function start() {
   };
   document.addEventListener("keydown", active);
   document.addEventListener("pointerdown", active);
-  const forget = onChange((event) => event === "online" && readAll());
+  const forget = onChange((event) => (failed ||= event === "offline"));
   signal.addEventListener("abort", () => {
     clearInterval(timer);
     document.removeEventListener("visibilitychange", readWhenShown);
@@ -89,10 +91,8 @@ async function follow(signal) {
       const answer = await send("GET", "api/events", { headers, signal: connection.signal });
       if (answer.ok && answer.headers.get("Content-Type")?.startsWith("text/event-stream")) {
         pause = 1000;
-        if (missed) {
-          readAll();
-          notify("reconnected");
-        }
+        readAll(); // the events are of what changes from now on
+        if (missed) notify("reconnected");
         for await (const event of events(answer.body, connection.signal)) {
           streaming = true;
           last = event.id ?? last;
@@ -100,7 +100,7 @@ async function follow(signal) {
         }
       } else {
         await answer.body?.cancel();
-        pause = answer.status === 503 ? 5000 : AGAIN;
+        pause = answer.status >= 500 ? 5000 : AGAIN;
         if (answer.status === 401) readAll(); // which finds that the login is over
       }
     } catch (error) {
