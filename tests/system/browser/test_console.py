@@ -669,6 +669,25 @@ def test_an_admin_finds_and_ends_tokens_of_a_user(page: Page, server: Server, cl
     expect(row(page, "Members", "bob, ci")).to_be_visible()
 
 
+def test_a_search_says_nothing_of_the_one_before(page: Page, server: Server, client: httpx.Client) -> None:
+    log_in(client, "bob", "bob-secret")
+    enter(page, server, "admin", "admin", "#tokens")
+    page.get_by_label("Search").fill("zed")
+    expect(page.get_by_text('No live token matches "zed".')).to_be_visible()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/api/tokens?*", hold, times=1)
+    with page.expect_request("**/api/tokens?*search=bob*"):
+        page.get_by_label("Search").fill("bob")
+    expect(page.get_by_text('No live token matches "zed".')).to_be_visible()
+    for route in held:
+        route.continue_()
+    expect(row(page, "Tokens", "bob")).to_be_visible()
+
+
 def test_leaked_tokens_are_shown_and_then_ended(page: Page, server: Server, client: httpx.Client) -> None:
     """The text is not sent. Whose a token is, is shown before it ends. The list is read again at once."""
     bob = log_in(client, "bob", "bob-secret", headers={"User-Agent": "job-1"})
@@ -765,6 +784,37 @@ def test_the_health_view_shows_what_happens(page: Page, server: Server, client: 
     before = page.get_by_role("img", name=re.compile("^Logins:")).get_attribute("aria-label")
     log_in(client, "ann", "ann-secret")
     expect(page.get_by_role("img", name=before or "", exact=True)).to_have_count(0, timeout=15_000)
+
+
+def test_a_chart_in_other_colors_has_the_same_values(page: Page, server: Server, client: httpx.Client) -> None:
+    answer = client.get("/api/status", headers={"X-Token": log_in(client)}).json()
+    logins = [0] * len(answer["history"]["logins"])
+    answer["history"]["logins"] = logins
+    page.route("**/api/status", lambda route: route.fulfill(json=answer))
+    enter(page, server, "admin", "admin", "#health")
+    expect(page.get_by_role("img", name=re.compile("^Logins: 0 "))).to_be_visible()
+    expect(page.locator("canvas")).to_have_count(5)
+    logins[-10:] = [9] * 10
+    page.wait_for_function(HAS_BARS)
+    page.route("**/api/status", lambda route: None)  # nothing newer comes
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(HAS_BARS)
+    page.emulate_media(color_scheme="light")
+    page.unroute("**/api/status")
+
+
+HAS_BARS = """() => {
+  const canvas = document.querySelector("canvas");
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const color = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim().slice(1);
+  const accent = parseInt(color, 16);
+  let found = 0;
+  for (let at = 0; at < data.length; at += 4) {
+    found += ((data[at] << 16) | (data[at + 1] << 8) | data[at + 2]) === accent && data[at + 3] === 255;
+  }
+  return found > 500;
+}"""
+"""Whether the first chart has bars, in the color of now."""
 
 
 def test_what_changes_before_the_events_begin_is_shown(page: Page, server: Server, client: httpx.Client) -> None:

@@ -10,8 +10,10 @@ const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-dig
 export function Chart({ title, unit, values, end, step, counts }) {
   const element = useRef(null);
   const drawn = useRef(null);
+  const shown = useRef(null);
   const [pointed, setPointed] = useState(null);
   const times = values.map((_, index) => end - (values.length - 1 - index) * step);
+  shown.current = [times, values];
 
   useEffect(() => {
     let current = true;
@@ -19,7 +21,7 @@ export function Chart({ title, unit, values, end, step, counts }) {
       const { default: UPlot } = await import("./uplot.js");
       if (!current) return;
       drawn.current?.destroy();
-      drawn.current = new UPlot(options(UPlot, element.current, counts && step, setPointed), [times, values], element.current);
+      drawn.current = new UPlot(options(UPlot, element.current, counts && step, setPointed), shown.current, element.current);
     };
     const resize = new ResizeObserver(() => drawn.current?.setSize(sizeOf(element.current)));
     draw();
@@ -33,7 +35,7 @@ export function Chart({ title, unit, values, end, step, counts }) {
       drawn.current = null;
     };
   }, []);
-  useEffect(() => drawn.current?.setData([times, values]), [values]);
+  useEffect(() => drawn.current?.setData(shown.current), [values]);
 
   const known = values.filter((value) => value !== null);
   const most = Math.max(0, ...known);

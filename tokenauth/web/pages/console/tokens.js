@@ -21,8 +21,8 @@ export function Tokens() {
     <${Search} search=${search} setSearch=${setSearch} kind=${kind} setKind=${setKind} reload=${tokens.reload} />
     <${Loaded} read=${tokens}>
       ${(found) => html`
-        <${OfOneUser} tokens=${found.tokens} search=${search} reload=${tokens.reload} />
-        <${Found} tokens=${found.tokens} search=${search} reload=${tokens.reload} />
+        <${OfOneUser} tokens=${found.tokens} search=${found.search} reload=${tokens.reload} />
+        <${Found} tokens=${found.tokens} search=${found.search} reload=${tokens.reload} />
         ${found.more && html`<p><button class="small" onClick=${() => setWanted(wanted + 5 * PAGE)}>Show more</button></p>`}
       `}
     <//>
@@ -39,7 +39,7 @@ async function readTokens(search, kind, wanted) {
     tokens.push(...page.tokens);
     next = page.next;
   }
-  return { tokens, more: next !== null };
+  return { tokens, search, more: next !== null };
 }
 
 function Search({ search, setSearch, kind, setKind, reload }) {
