@@ -359,7 +359,14 @@ def test_a_dialog_stays_until_what_it_sent_is_answered(page: Page, server: Serve
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Name").fill("nightly")
     held: list[tuple[Route, APIResponse]] = []
-    page.route("**/api/tokens", lambda route: held.append((route, route.fetch())), times=1)
+
+    def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            held.append((route, route.fetch()))
+        else:
+            route.fallback()
+
+    page.route("**/api/tokens", hold)
     with page.expect_request(lambda request: request.method == "POST"):
         dialog.get_by_role("button", name="Make token").press("Enter")
     expect(dialog.get_by_role("button", name="Cancel")).to_be_disabled()
@@ -369,6 +376,7 @@ def test_a_dialog_stays_until_what_it_sent_is_answered(page: Page, server: Serve
     for route, answer in held:
         route.fulfill(response=answer)
     expect(dialog.get_by_label("Token nightly")).to_be_focused()
+    page.unroute("**/api/tokens")
     assert probe(client, dialog.get_by_label("Token nightly").input_value())
     confirm(page, "Done")
 
@@ -378,6 +386,7 @@ def test_enter_twice_ends_nothing(page: Page, server: Server, client: httpx.Clie
     client.post("/api/pools/phones/leases", json={"labels": ["android"]}, headers=ann)
     enter(page, server, "admin", "admin", "#pools/phones")
     row(page, "Members", "pixel-8").get_by_role("button", name="End the lease").press("Enter")
+    expect(page.get_by_role("dialog")).to_have_accessible_description(re.compile("^ann loses it at once."))
     expect(page.get_by_role("dialog").get_by_role("button", name="Cancel")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_have_count(0)
@@ -679,7 +688,7 @@ def test_a_search_says_nothing_of_the_one_before(page: Page, server: Server, cli
     def hold(route: Route) -> None:
         held.append(route)
 
-    page.route("**/api/tokens?*", hold, times=1)
+    page.route("**/api/tokens?*search=bob*", hold, times=1)
     with page.expect_request("**/api/tokens?*search=bob*"):
         page.get_by_label("Search").fill("bob")
     expect(page.get_by_text('No live token matches "zed".')).to_be_visible()
@@ -867,6 +876,15 @@ def test_who_lacks_a_scope_sees_no_view_of_it(page: Page, server: Server) -> Non
     enter(page, server, view="#tokens")
     expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Mine", "Pools"])
     expect(page.get_by_text("There is no such view")).to_be_visible()
+
+
+def test_forced_colors_mark_only_the_current_view(page: Page, server: Server) -> None:
+    page.emulate_media(forced_colors="active")
+    enter(page, server)
+    lines = "(links) => links.map((link) => getComputedStyle(link).borderBottomColor)"
+    mine, pools = page.get_by_role("navigation").get_by_role("link").evaluate_all(lines)
+    assert mine != pools == page.evaluate("getComputedStyle(document.querySelector('header')).backgroundColor")
+    page.emulate_media(forced_colors="none")
 
 
 def test_every_view_is_accessible_and_fits(page: Page, server: Server, client: httpx.Client) -> None:

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, ElementHandle, Error, Page, Route, expect
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, ElementHandle, Error, Page, Route, expect
 
 from tests.support.servers import Server
 from tests.system.browser.conftest import Sites
@@ -91,6 +91,14 @@ def test_the_page_opens_at_the_group_of_the_login(visit: Visit) -> None:
     expect(opened).to_have_count(1)
     expect(opened).to_have_attribute("data-tag", "Token")
     expect(visit.page.locator(_HEADING).first).to_contain_text("Log in")
+
+
+def test_without_script_the_page_names_its_document(browser: Browser, server: Server) -> None:
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(f"{server.url}/docs")
+        page.get_by_role("link", name="openapi.json").click()
+        expect(page.get_by_text('"openapi"')).to_be_visible()
 
 
 def test_no_lock_is_closed_before_a_login(visit: Visit) -> None:

@@ -78,11 +78,11 @@ def test_home_lists_named_tokens_and_their_last_use(client: httpx.Client, visito
     made = client.post("/api/tokens", json={"name": "nightly"}, headers=header).json()["token"]
     client.post("/api/tokens", json={"name": "spare"}, headers=header)
     visitor.log_in("bob", "bob-secret")
-    assert "nightly not used yet, until" in text_of(visitor.get("/").text)
+    assert "nightly no use noted, until" in text_of(visitor.get("/").text)
     clock.advance(7200)
     assert probe(client, made)
     until(lambda: "nightly last used" in text_of(visitor.get("/").text), "the use is written")
-    assert "spare not used yet, until" in text_of(visitor.get("/").text)
+    assert "spare no use noted, until" in text_of(visitor.get("/").text)
 
 
 def test_log_out_everywhere_ends_logins_and_no_named_token(client: httpx.Client, visitor: Visitor) -> None:

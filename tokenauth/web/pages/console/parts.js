@@ -146,6 +146,7 @@ function Dialog({ title, text, content, fields, action, danger, run, close }) {
   useEffect(() => {
     const before = document.activeElement;
     element.current.showModal();
+    if (danger) element.current.querySelector("[type=button]").focus(); // not in a field, where Enter would go on
     return () => void setTimeout(() => before?.focus()); // after it, the page is open again
   }, []);
   const submit = async (event) => {
@@ -172,17 +173,17 @@ function Dialog({ title, text, content, fields, action, danger, run, close }) {
   const cancel = () => busy || close();
   // What is shown only once, or will be, is not lost by Escape, also not by two of them, which no page can prevent.
   const closed = () => (busy || result ? element.current.showModal() : close());
-  return html`<dialog ref=${element} aria-labelledby="dialog-title" onClose=${closed}>
+  return html`<dialog ref=${element} aria-labelledby="dialog-title" aria-describedby=${text && "dialog-text"} onClose=${closed}>
     <h2 id="dialog-title">${title}</h2>
     ${result
       ? html`${result}<div class="buttons"><button class="main" onClick=${close}>Done</button></div>`
       : html`<form onSubmit=${submit}>
-          ${text && html`<p>${text}</p>`}
+          ${text && html`<p id="dialog-text">${text}</p>`}
           ${content}
           ${fields.map((field) => html`<${Field} key=${field.name} ...${field} />`)}
           ${error && html`<${Problem} error=${error} />`}
           <div class="buttons">
-            <button type="button" autofocus=${danger} aria-disabled=${busy} onClick=${cancel}>Cancel</button>
+            <button type="button" aria-disabled=${busy} onClick=${cancel}>Cancel</button>
             <button class=${danger ? "main danger" : "main"} aria-disabled=${busy}>${action}</button>
           </div>
         </form>`}
