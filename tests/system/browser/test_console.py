@@ -394,6 +394,25 @@ def test_enter_twice_ends_nothing(page: Page, server: Server, client: httpx.Clie
     expect(row(page, "Members", "pixel-8")).to_contain_text("ann")
 
 
+def test_an_action_without_an_answer_may_have_been_done(page: Page, server: Server, client: httpx.Client) -> None:
+    """The dialog says so, and that nothing repeats it."""
+    job = log_in(client, "ann", "ann-secret", headers={"User-Agent": "job"})
+    enter(page, server)
+
+    def lose(route: Route) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route("**/api/tokens/*", lose)
+    row(page, "My logins", "job").get_by_role("button").click()
+    page.get_by_role("dialog").get_by_role("button", name="End login").click()
+    said = "tokenauth did not answer. It may have done what you asked for: look before you try again."
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text(said)
+    assert not probe(client, job)
+    page.unroute("**/api/tokens/*")
+    confirm(page, "Cancel")
+
+
 DISTANCES = {
     0.4: "now",
     -1: "1 second ago",

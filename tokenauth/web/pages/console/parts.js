@@ -32,7 +32,10 @@ export function Time({ at, never = "never" }) {
 
 // States
 
-/** Say why something could not be read, and what to do. If the page is too old for the service, the banner says it. */
+/**
+ * Say why something could not be read (then `retry` reads it again) or done, and what to do. If the page is too old for
+ * the service, the banner says it.
+ */
 export function Problem({ error, retry }) {
   const failed = !(error instanceof Refused || error instanceof Offline);
   const outdated = useOutdated();
@@ -41,9 +44,11 @@ export function Problem({ error, retry }) {
   const text =
     error instanceof Refused
       ? error.message
-      : error instanceof Offline
-        ? "tokenauth does not answer. Is it running? This page tries again by itself."
-        : "This page has failed. Try again, or reload it.";
+      : !(error instanceof Offline)
+        ? "This page has failed. Try again, or reload it."
+        : retry
+          ? "tokenauth does not answer. Is it running? This page tries again by itself."
+          : "tokenauth did not answer. It may have done what you asked for: look before you try again.";
   return html`<div class="error" role="alert">
     <p>${text}</p>
     ${retry && html`<button class="small" onClick=${retry}>Try again</button>`}
