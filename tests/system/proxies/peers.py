@@ -199,7 +199,7 @@ class Relay(Peer):
             self.hang_up()
 
     async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward in both directions."""
+        """Forward in both directions, each to its end: an issuer may answer before it has the whole body."""
         if self._instead is not None:
             if self._instead == HANG:
                 await asyncio.Event().wait()
@@ -209,13 +209,7 @@ class Relay(Peer):
             return
         answers, questions = await asyncio.open_connection("127.0.0.1", self._issuer)
         try:
-            await asyncio.wait(
-                [
-                    asyncio.ensure_future(self._pump(reader, questions, keep=True)),
-                    asyncio.ensure_future(self._pump(answers, writer, keep=False)),
-                ],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.gather(self._pump(reader, questions, keep=True), self._pump(answers, writer, keep=False))
         finally:
             questions.transport.abort()
 
@@ -223,11 +217,12 @@ class Relay(Peer):
         while data := await reader.read(65536):
             if keep and self._ends:
                 self._ends = False
-                return
+                raise EOFError
             if keep:
                 self._sent += data
             writer.write(data)
             await writer.drain()
+        writer.write_eof()
 
 
 async def read_request(reader: asyncio.StreamReader) -> Arrived:
