@@ -14,6 +14,7 @@ from tests.contract.conftest import token
 from tests.support.connections import LOGIN, Connection
 from tests.support.history import HandTime
 from tests.support.journal import until
+from tests.support.patience import be_patient
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster, cluster
 from tests.support.races import POOLS, run_race
@@ -333,8 +334,9 @@ async def refused_in_the_pool(
             yield node, refused
 
 
-async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> None:
+async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe uses a connection of its own, and one of the pool where the database allows no more."""
+    be_patient(monkeypatch)
     async with refused_in_the_pool(postgres, database, 4) as (node, refused):
         for _ in range(3):
             await refused()
@@ -343,8 +345,11 @@ async def test_only_a_write_ends_an_outage(postgres: Cluster, database: str) -> 
         await _issue_soon(node)
 
 
-async def test_a_refused_probe_leaves_no_transaction(postgres: Cluster, database: str) -> None:
+async def test_a_refused_probe_leaves_no_transaction(
+    postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queries use the connection of the pool in which it has failed."""
+    be_patient(monkeypatch)
     async with refused_in_the_pool(postgres, database, 1) as (node, refused):
         await refused()
         await node.tokens.list("ann", START, 1)
@@ -374,6 +379,7 @@ async def test_a_full_database_is_read_when_it_has_room(postgres: Cluster, datab
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 async def test_a_full_primary_begins_no_outage(monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
     """The open connections work, though a probe gets none. The third host is down."""
+    be_patient(monkeypatch)
     monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
     with two_servers() as (primary, standby, url):
         ports = [primary.port, standby.port, free_port()]
@@ -387,6 +393,7 @@ async def test_a_full_primary_begins_no_outage(monkeypatch: pytest.MonkeyPatch, 
 
 async def test_a_busy_pool_begins_no_outage(postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that gets no connection does not wait for one of the pool while there is no outage."""
+    be_patient(monkeypatch)
     monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
     async with nodes(database, connections=1) as (node,), connected(database) as other:
         await node.tokens.issue(token(1), 0, START)
@@ -430,6 +437,7 @@ async def test_a_probe_writes_without_lock_table(
     postgres: Cluster, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some databases that speak PostgreSQL's protocol lack it. A probe that wrote nothing would show nothing."""
+    be_patient(monkeypatch)
     monkeypatch.setattr("tokenauth.stores.postgres.connections._PROOF", 0)
     locked = "EXISTS (SELECT FROM pg_locks WHERE relation = 'failures'::regclass AND pid = pg_backend_pid())"
     async with nodes(database) as (node,):
