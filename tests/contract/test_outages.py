@@ -1,6 +1,7 @@
 """While a database does not answer, operations are refused at once, until a probe succeeds."""
 
 import asyncio
+import math
 import os
 import resource
 import sqlite3
@@ -263,6 +264,28 @@ async def test_a_probe_that_hangs_loses_no_place(filled: Place) -> None:
     await ready_again(filled)
     connection.set_trace_callback(None)
     assert await filled.pools.find_place(FULL, ("ann", "live"), began + 7) is not None
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_a_probe_behind_a_write_that_waits_for_the_lock_names_the_lock(
+    filled: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several workers, a write waits for another worker first, so it has waited for SQLite's lock only briefly."""
+    assert isinstance(filled.engine, SqliteEngine)
+    monkeypatch.setattr(circuit_breaker, "PROBE_TIMEOUT", 60.0)
+    writer = filled.engine.writer
+    writer._connection.execute("PRAGMA busy_timeout = 60000")
+    async with asyncio.timeout(30):
+        async with locked(filled):
+            writing = asyncio.ensure_future(WRITES["save_time"](filled))
+            while writer._lock_requested_at == math.inf:  # noqa: ASYNC110  (its thread tells nothing)
+                await asyncio.sleep(0)
+            writer._circuit.start_probe()
+            await writer._circuit.wait_for_probe()
+            assert (writer._circuit.problem or "").startswith("database is locked")
+            assert not writing.done()
+        await asyncio.gather(writing, return_exceptions=True)
+    await ready_again(filled)
 
 
 async def test_what_waits_behind_a_failure_is_refused_with_it(filled: Place) -> None:

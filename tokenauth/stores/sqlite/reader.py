@@ -69,9 +69,9 @@ class Reader:
 
     All look-ups of tokens and of failed logins in one iteration of the event loop read the same snapshot of the file:
     its locks then cost two system calls an iteration, instead of two a look-up. A request sees what was committed
-    before it was received: its task runs after `_end_snapshot`, which the iteration before has scheduled. For the same
-    reason, a login sees each failure that its process no longer counts in memory: the process stops counting it in a
-    later iteration than the one in which it learns of the commit.
+    before it was received: it is answered in a later iteration, task or not, and by then `_end_snapshot` has run for
+    each snapshot that began before. For the same reason, a login sees each failure that its process no longer counts in
+    memory: the process stops counting it in a later iteration than the one in which it learns of the commit.
     """
 
     sees_commits = True

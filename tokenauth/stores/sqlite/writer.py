@@ -291,13 +291,22 @@ class SqliteWriter:
             return self._explain(_LOCKED)
         try:
             if self._probing is not None and not self._probing.done():
-                problem = await asyncio.shield(self._probing)
+                problem = await self._found_by(self._probing)
                 if problem is not None:
                     return problem
             self._probing = self._submit(self._probe_now)
-            return await asyncio.shield(self._probing)
+            return await self._found_by(self._probing)
         except Overloaded as error:
             return str(error)
+
+    async def _found_by(self, probing: asyncio.Future[str | None]) -> str | None:
+        """Return what a probe finds; or that the writing thread, which it waits for, waits too long for the lock."""
+        requested_at = self._lock_requested_at
+        if requested_at < math.inf:
+            await asyncio.wait([probing], timeout=max(0, requested_at + PROBE_TIMEOUT - monotonic()))
+            if not probing.done() and self._lock_requested_at == requested_at:
+                return self._explain(_LOCKED)
+        return await asyncio.shield(probing)
 
     def _probe_now(self) -> str | None:
         if self.file_replaced:
