@@ -28,10 +28,13 @@ def test_clients_that_do_not_read_are_disconnected(tmp_path: Path) -> None:
             assert reader.next().name == "hello"
             before = memory(server.process.pid)
 
-            def all_gone() -> bool:
+            def is_told() -> bool:
                 for name in names:
                     client.post(f"/api/pools/{name}/tokens", headers=header)
-                assert reader.wait("pool", 20).data["name"] in names
+                return reader.wait("pool", 20).data["name"] in names
+
+            def all_gone() -> bool:
+                assert is_told()
                 while len(reader.pending()):
                     reader.next()
                 return ended() >= SILENT
@@ -41,7 +44,7 @@ def test_clients_that_do_not_read_are_disconnected(tmp_path: Path) -> None:
 
             until(all_gone, "all that do not read are disconnected", 120)
             assert memory(server.process.pid) - before < 20 * 1024
-            reader.wait("pool", 20)
+            assert is_told()
         for stream in silent:
             stream.close()
         assert server.errors() == []
