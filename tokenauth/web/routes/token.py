@@ -54,8 +54,8 @@ class LogOutRequest(msgspec.Struct):
     token: str
 
 
-_LOGGED_OUT = JSONResponse(ValidityAnswer(valid=False, expiry_time=None))
-"""A response that all requests can share."""
+_NOT_VALID = JSONResponse(ValidityAnswer(valid=False, expiry_time=None))
+"""The answer to each log-out, which all requests can share; its body also answers a check of such a token."""
 
 _log_in_decoder = msgspec.json.Decoder(LogInRequest)
 
@@ -91,7 +91,7 @@ class CheckToken(Endpoint):
     def _body(self, token: Token | None) -> bytes:
         if token is None:
             self._counts.invalid += 1
-            return _LOGGED_OUT.body
+            return _NOT_VALID.body
         self._counts.valid += 1
         return b'{"valid":true,"expiry_time":%d}\n' % token.expires_at
 
@@ -148,7 +148,7 @@ class TokenRoutes:
     async def log_out(self, request: Request) -> Response:
         tokens = await find_logout_tokens(request)
         await self._tokens.log_out(tokens, request.client_address, request.disconnect_check)
-        return _LOGGED_OUT
+        return _NOT_VALID
 
 
 def _find_token(request: Request) -> bytes:
